@@ -1,0 +1,1083 @@
+"""SIRI: an agent that learns from its own skills, in one file from configuration to command line.
+
+    python siri.py --env alfworld            train: warm-up, skill mining, internalization
+    python siri.py --resume runs/NAME        go on where a run stopped
+    python siri.py --eval runs/NAME          play a fixed panel with the plain prompt
+
+Read it from top to bottom: configuration, policy, rollout, update, the three phases, evaluation, run folder,
+command line. The mathematics is elsewhere and pure: `gigpo.py` (G1-G8), `skills.py` (S1-S6), `distill.py` (S7-S10);
+the tasks are in `envs.py`. SIRI: arXiv 2606.02355. GiGPO: arXiv 2505.10978.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+import os
+import resource
+import shutil
+import sys
+import time
+from collections import Counter, defaultdict
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Iterable, Sequence
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import distill
+import envs
+import gigpo
+import skills
+
+HERE = Path(__file__).resolve().parent
+PHASES = ("warm-up", "mining", "internalize")
+
+
+class UserError(Exception):
+    """Something that the user can mend. The message is one line: what was wrong, and how to mend it."""
+
+
+# ---- 1. Configuration --------------------------------------------------------------------------------------
+# [P] the SIRI paper, [R] the GiGPO release, [O] our choice where the paper's constant is not public.
+
+
+@dataclass
+class Config:
+    """Every setting of a run. The command line has one flag for each field; presets are sets of overrides."""
+    # task
+    env: str = "alfworld"               # benchmark: alfworld
+    alfworld_data: str = ""             # folder that holds json_2.1.1/; default $ALFWORLD_DATA, else generated games
+    compact: bool = False               # small generated games in one household (the tiny policy's world) [O]
+    max_steps: int = 50                 # actions per episode [R]
+    prompt_style: str = "full"          # full (instruct models) or compact (the tiny policy)
+    history: int = 2                    # observation-action pairs in the prompt [R]
+    # policy
+    preset: str = "auto"                # paper, paper48, tiny or smoke; auto: paper with CUDA, else tiny
+    model: str = "Qwen/Qwen2.5-7B-Instruct"   # hub id or local folder [P]
+    four_bit: bool = True               # NF4 weights with bf16 compute; needs CUDA
+    lora_r: int = 64                    # LoRA rank [R]
+    lora_alpha: int = 128               # LoRA scale is alpha / r [O]
+    max_prompt: int = 2048              # prompt tokens; longer ones lose history first, never the skill [R]
+    max_response: int = 512             # sampled tokens per step [R]
+    temperature: float = 1.0            # sampling temperature while training [R]
+    eval_temperature: float = 0.4       # sampling temperature while evaluating [R]
+    gen_rows: int = 64                  # prompts generated at once (memory)
+    update_tokens: int = 8192           # padded tokens per forward-backward pass (memory; the gradient ignores it)
+    # GiGPO
+    groups: int = 4                     # tasks per iteration [O: the release has 16 on 8 GPUs]
+    group_size: int = 8                 # rollouts per task [R]
+    gamma: float = 0.95                 # discount of step returns, G4 [R]
+    omega: float = 1.0                  # weight of the step advantage, G6 [R]
+    norm: str = "std"                   # advantage norm: std or mean, G2 [R]
+    baseline: str = "trajectory"        # episode baseline over trajectories (paper) or steps (release), G2
+    invalid_penalty: float = 0.2        # c of G6, subtracted from an invalid step's advantage [O]
+    penalty_inside: bool = False        # the release's form: the penalty inside the normalised returns
+    lr: float = 3e-6                    # AdamW learning rate [R]
+    weight_decay: float = 0.01          # [R]
+    grad_clip: float = 1.0              # gradient norm [R]
+    clip: float = 0.2                   # ratio clip of G7 [R]
+    dual_clip: float = 0.0              # dual clip for negative advantages, 0 is off [R: option, 3]
+    kl_beta: float = 0.01               # G8 [R]
+    minibatch: int = 256                # rows per optimizer step [R]
+    # phase 0: warm-up
+    warmup_max: int = 60                # iterations at most [O]
+    n_req: int = 100                    # distinct tasks solved before phase 1 [P: rule, O: number]
+    floor: float = 0.3                  # plain success (mean of the last 3 iterations) before phase 1 [O]
+    # phase 1: mining and validation
+    mining_max: int = 60                # iterations at most [O]
+    mine_every: int = 2                 # I_mine, iterations between minings, S1 [O]
+    mine_wins: int = 16                 # successful plain trajectories summarised per mining [O]
+    skill_words: int = 40               # longest skill accepted [O]
+    bank_size: int = 200                # skills that are not retired, at most [O]
+    kappa: float = 2.0                  # prior weight of the utility, S5 [O]
+    n_eval: int = 4                     # pairings before a verdict, S6 [O]
+    tau_up: float = 0.05                # promoted above, S6 [O]
+    tau_down: float = 0.0               # retired below, S6 [O]
+    m_retire: int = 2                   # evaluations in a row below tau_down, S6 [O]
+    top_k: int = 4                      # matching skills among which the bound chooses, S3 [O]
+    ucb: float = 0.2                    # width of the confidence bound, S3 [O]
+    active_req: int = 30                # active skills before phase 2 [O]
+    # phase 2: internalization
+    distill_max: int = 30               # iterations [O]
+    distill_tokens: str = "action"      # action (paper) or response, S7
+    pair_gain: bool = True              # gate also on the pair's own effect, S7 [O]
+    a_max: float = 2.0                  # advantage that gets weight 1, S8 [O]
+    lambda_max: float = 1.0             # S10 [O]
+    lambda_warm: int = 3                # K_warm, iterations, S10 [O]
+    distill_rows: int = 64              # gated steps per optimizer step [O]
+    distill_epochs: int = 4             # passes over the gated steps of an iteration's window [O]
+    distill_window: int = 4             # iterations whose gated steps are kept [O]
+    distill_min: int = 64               # gated steps before any internalization [O]
+    distill_lr: float = 1e-5            # learning rate of phase 2 [O]
+    # run
+    variant: str = "siri"               # siri, gigpo (no phases 1-2) or no_warmup
+    env_steps: int = 0                  # stop after this many training environment steps, 0: no limit
+    panel: int = 0                      # games of the evaluation panel, 0: the whole split
+    split: str = "valid_seen"           # split of the panel
+    save_every: int = 5                 # iterations between checkpoints
+    sample_every: int = 10              # iterations between sample episodes
+    seed: int = 0
+    name: str = ""                      # run folder under runs/; default from env, preset, variant and seed
+
+
+TINY = dict(
+    model="assets/tiny", four_bit=False, compact=True, prompt_style="compact", max_steps=10, lora_r=16, lora_alpha=32,
+    max_prompt=512, max_response=24, eval_temperature=1.0, gen_rows=256, update_tokens=32768, groups=8, lr=1e-3,
+    minibatch=4096, warmup_max=16, n_req=40, floor=0.3, mining_max=24, mine_every=1, mine_wins=32, n_eval=3,
+    kappa=1.0, active_req=24, distill_max=8, distill_lr=1e-3, distill_epochs=4, panel=120, sample_every=5)
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {},                                                           # one 24 GB GPU
+    "paper48": dict(groups=8, gen_rows=128, update_tokens=16384),          # one 48 GB GPU
+    "tiny": TINY,                                                          # a laptop, 15 minutes
+    "smoke": TINY | dict(groups=2, group_size=4, warmup_max=2, n_req=1, floor=0.0, mining_max=2, n_eval=1,
+                         mine_wins=4, distill_max=2, distill_min=1, active_req=1, panel=8, save_every=1,
+                         tau_up=-1.0, tau_down=-1.0),                      # the whole path in a minute, for tests
+}
+
+
+def resolve(overrides: dict[str, Any]) -> tuple[Config, str]:
+    """Preset, then the user's own settings, then checks. Returns the config and why this preset. UserError if bad."""
+    cuda = torch.cuda.is_available()
+    preset = overrides.get("preset", "auto")
+    reason = "chosen by --preset"
+    if preset == "auto":
+        preset = "tiny"
+        reason = "no CUDA device"
+        if cuda:
+            gib = torch.cuda.get_device_properties(0).total_memory / 2**30
+            preset, reason = ("paper48" if gib > 40 else "paper"), f"CUDA device with {gib:.0f} GiB"
+    if preset not in PRESETS:
+        raise UserError(f"--preset {preset}: unknown; choose one of auto, {', '.join(PRESETS)}")
+    cfg = Config(**{**PRESETS[preset], **overrides, "preset": preset})
+    for f, allowed in dict(env=("alfworld",), variant=("siri", "gigpo", "no_warmup"), norm=("std", "mean"),
+                           baseline=("trajectory", "steps"), prompt_style=("full", "compact"),
+                           distill_tokens=("action", "response"),
+                           split=("train", "valid_seen", "valid_unseen")).items():
+        if getattr(cfg, f) not in allowed:
+            raise UserError(f"--{flag(f)} {getattr(cfg, f)}: unknown; choose one of {', '.join(allowed)}")
+    zero_ok = {"seed", "env_steps", "panel", "history", "warmup_max", "mining_max", "distill_max", "n_req", "floor",
+               "weight_decay", "kl_beta", "dual_clip", "invalid_penalty", "omega", "kappa", "ucb", "lambda_warm",
+               "lambda_max", "tau_up", "tau_down", "active_req", "alfworld_data", "name", "eval_temperature"}
+    for f in dataclasses.fields(cfg):
+        value = getattr(cfg, f.name)
+        if isinstance(value, bool) or isinstance(value, str):
+            continue
+        if not math.isfinite(value) or (value < 0 and not f.name.startswith("tau")):
+            raise UserError(f"--{flag(f.name)} {value}: must be a finite number, not negative")
+        if value == 0 and f.name not in zero_ok:
+            raise UserError(f"--{flag(f.name)} 0: must be positive")
+    if cfg.variant != "gigpo" and cfg.group_size % 2:
+        raise UserError(f"--group-size {cfg.group_size}: paired rollouts need an even group; use {cfg.group_size + 1}, "
+                        "or --variant gigpo")
+    if cfg.group_size < 2:
+        raise UserError(f"--group-size {cfg.group_size}: a group advantage needs at least 2 rollouts")
+    if cfg.four_bit and not cuda:
+        raise UserError(f"4-bit weights need a CUDA device and none was found: add --no-four-bit, or use --preset tiny "
+                        f"(this is preset {preset})")
+    if cfg.compact and cfg.alfworld_data:
+        raise UserError("--alfworld-data with compact games: the tiny policy knows only its own small generated games; "
+                        "add --preset paper (or --no-compact and a --model of your own)")
+    return cfg, reason
+
+
+# ---- 2. The policy -----------------------------------------------------------------------------------------
+
+
+class Policy:
+    """A chat model with a LoRA adapter. The reference policy is the same model with the adapter switched off."""
+
+    def __init__(self, cfg: Config, adapter: Path | None = None):
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+        from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerFast
+        self.cfg = cfg
+        self.device = "cuda" if torch.cuda.is_available() and not cfg.compact else "cpu"
+        shipped = HERE / cfg.model                      # assets/tiny is found from any working directory
+        source = str(shipped) if (shipped / "config.json").exists() else cfg.model
+        local = Path(source).is_dir()
+        if local and not (Path(source) / "config.json").exists():
+            raise UserError(f"--model {cfg.model}: the folder has no config.json; it must be a model saved by "
+                            "save_pretrained")
+        kwargs: dict[str, Any] = dict(local_files_only=local, trust_remote_code=False)
+        try:
+            # AutoTokenizer would replace the pre-tokenizer of a custom fast tokenizer by Qwen2's own, silently.
+            config = Path(source) / "tokenizer_config.json"
+            custom = config.exists() and json.loads(config.read_text()).get("tokenizer_class") in (
+                "TokenizersBackend", "PreTrainedTokenizerFast")
+            self.tokenizer = (PreTrainedTokenizerFast if custom else AutoTokenizer).from_pretrained(source, **kwargs)
+            quant = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                                       bnb_4bit_compute_dtype=torch.bfloat16) if cfg.four_bit else None
+            model = AutoModelForCausalLM.from_pretrained(
+                source, dtype=torch.bfloat16 if self.device == "cuda" else torch.float32, quantization_config=quant,
+                device_map={"": self.device} if self.device == "cuda" else None, use_safetensors=True, **kwargs)
+        except (OSError, ValueError) as e:
+            raise UserError(f"--model {cfg.model}: could not be loaded ({str(e).splitlines()[0]}); give a hub id that "
+                            "this machine can reach, or a local folder") from e
+        if not self.tokenizer.chat_template:
+            raise UserError(f"--model {cfg.model}: its tokenizer has no chat template; use an instruct model")
+        if cfg.four_bit:
+            model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=True,
+                                                    gradient_checkpointing_kwargs={"use_reentrant": False})
+        elif self.device == "cuda":
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.enable_input_require_grads()
+        if adapter is None:
+            torch.manual_seed(cfg.seed)
+            self.model = get_peft_model(model, LoraConfig(
+                r=cfg.lora_r, lora_alpha=cfg.lora_alpha, lora_dropout=0.0, target_modules="all-linear",
+                task_type="CAUSAL_LM"))
+        else:
+            self.model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
+        self.model.eval()
+        self.vocab = len(self.tokenizer)        # ids from here on are padding of the weight matrix, never sampled
+        self.specials = sorted(set(self.tokenizer.all_special_tokens) | {
+            t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special}, key=len, reverse=True)
+        ends = self.model.generation_config.eos_token_id
+        ends = set(ends if isinstance(ends, list) else [ends]) | {self.tokenizer.eos_token_id}
+        known = self.tokenizer.get_added_vocab()
+        self.stops = sorted({e for e in ends if e is not None} | {known[t] for t in ("</action>", "</skill>") if t in known})
+        self.pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.stops[0]
+        self.trainable = [p for p in self.model.parameters() if p.requires_grad]
+
+    def neutralise(self, text: str) -> str:
+        """Break every control token in text that comes from a task, an environment or a skill, so that it stays text."""
+        while any(t in text for t in self.specials):
+            for t in self.specials:
+                text = text.replace(t, t[0] + " " + t[1:])
+        return text
+
+    def encode(self, user: str) -> list[int]:
+        """Token ids of a prompt: one user turn, and the header of the assistant's."""
+        return self.tokenizer.apply_chat_template([{"role": "user", "content": self.neutralise(user)}],
+                                                  add_generation_prompt=True, tokenize=True, return_dict=False)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    @torch.no_grad()
+    def generate(self, prompts: Sequence[list[int]], temperature: float, max_new: int) -> list[list[int]]:
+        """Sample one response per prompt (ids with the stop token). Temperature 0 is greedy.
+
+        Nothing but temperature shapes the distribution: no top-k, no top-p, no repetition penalty, so that the
+        sampled policy is the one whose log-probabilities are trained.
+        """
+        from transformers import GenerationConfig, LogitsProcessorList
+        out: list[list[int]] = [[] for _ in prompts]
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        for rows in chunks(order, self.cfg.gen_rows):
+            ids, mask = self.pad_batch([prompts[i] for i in rows])                             # (B, T) left-padded
+            config = GenerationConfig(
+                do_sample=temperature > 0, temperature=temperature or 1.0, top_k=0, top_p=1.0, max_new_tokens=max_new,
+                eos_token_id=self.stops, pad_token_id=self.pad, use_cache=True)
+            tokens = self.model.generate(input_ids=ids, attention_mask=mask, generation_config=config,
+                                         logits_processor=LogitsProcessorList([self.mask_padded_vocabulary]))
+            for i, row in zip(rows, tokens[:, ids.shape[1]:].tolist()):
+                end = next((k for k, t in enumerate(row) if t in self.stops), len(row) - 1)
+                out[i] = row[:end + 1]
+        return out
+
+    def mask_padded_vocabulary(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        scores[:, self.vocab:] = -math.inf
+        return scores
+
+    def pad_batch(self, rows: Sequence[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Left-pad to (B, T) ids and attention mask."""
+        width = max(map(len, rows))
+        ids = torch.tensor([[self.pad] * (width - len(r)) + r for r in rows], device=self.device)
+        mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], device=self.device)
+        return ids, mask
+
+    def logprobs(self, rows: Sequence["Row"]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probability and entropy of every response token of the rows, concatenated: two tensors of shape (N,)."""
+        model = self.model.get_base_model()
+        ids, mask = self.pad_batch([r.prompt + r.response for r in rows])                       # (B, T)
+        hidden = model.base_model(input_ids=ids, attention_mask=mask,
+                                  position_ids=(mask.cumsum(-1) - 1).clamp(min=0), use_cache=False).last_hidden_state
+        at = torch.cat([hidden[b, -len(r.response) - 1:-1] for b, r in enumerate(rows)])          # (N, H)
+        targets = torch.tensor([t for r in rows for t in r.response], device=self.device)         # (N,)
+        return gigpo.token_logprobs(at, model.get_output_embeddings(), targets,
+                                    temperature=self.cfg.temperature, vocab=self.vocab)
+
+
+def chunks(items: Sequence, size: int) -> Iterable[Sequence]:
+    return (items[i:i + size] for i in range(0, len(items), size))
+
+
+# ---- 3. Rollout: the one function that plays, for warm-up, pairs and evaluation ------------------------------
+
+
+@dataclass
+class Step:
+    """One training row's origin: what the policy saw, what it sampled, what came of it."""
+    prompt: list[int]
+    response: list[int]         # sampled ids, the stop token included
+    text: str
+    action: str                 # what was sent to the environment; "" when unparsable
+    observation: str
+    anchor: str
+    plain: list[int] | None     # the same step's prompt without the skill (S9); None when there was no skill
+    reward: float = 0.0
+    valid: bool = True
+    advantage: float = 0.0      # G6
+
+
+@dataclass
+class Episode:
+    task: envs.Task
+    skill: skills.Skill | None
+    steps: list[Step] = field(default_factory=list)
+    success: bool = False
+
+
+def fit_prompt(policy: Policy, task: envs.Task, state: envs.State, turns: list[envs.Turn],
+               skill: str | None) -> list[int]:
+    """The step's prompt ids within `max_prompt`: history goes first, then the observation's tail, never the skill."""
+    cfg = policy.cfg
+    for window in range(cfg.history, -1, -1):
+        ids = policy.encode(envs.render_prompt(task.goal, state, turns, skill=skill, style=cfg.prompt_style,
+                                               window=window))
+        if len(ids) <= cfg.max_prompt:
+            return ids
+    keep = len(state.observation)
+    while keep and len(ids) > cfg.max_prompt:
+        keep //= 2
+        cut = dataclasses.replace(state, observation=state.observation[:keep])
+        ids = policy.encode(envs.render_prompt(task.goal, cut, turns, skill=skill, style=cfg.prompt_style, window=0))
+    return ids[-cfg.max_prompt:]
+
+
+def rollout(policy: Policy, env: envs.Environment, plan: Sequence[tuple[envs.Task, Sequence[skills.Skill | None]]],
+            temperature: float, failures: list[str] | None = None) -> list[list[Episode]]:
+    """Play every group of the plan: a task, and for each of its rollouts a skill or None.
+
+    All unfinished rollouts of all groups take their next step in one generation batch. An environment that raises
+    loses its group: the group comes back empty and the cause is appended to `failures`.
+    """
+    groups = [[Episode(task, s) for s in group_skills] for task, group_skills in plan]
+    games, live = [], []
+    broken: set[int] = set()
+
+    def fail(g: int, error: Exception) -> None:
+        broken.add(g)
+        (failures if failures is not None else []).append(f"{plan[g][0].id}: {type(error).__name__}: {error}")
+
+    for g, (task, _) in enumerate(plan):
+        games.append(None)
+        try:
+            games[g] = env.open(task)
+        except Exception as error:              # an environment may raise anything; the group is lost, the run is not
+            fail(g, error)
+            continue
+        live += [(g, e, games[g].start, []) for e in groups[g]]
+    while live:
+        prompts = [fit_prompt(policy, games[g].task, s, turns, e.skill.text if e.skill else None) for g, e, s, turns in live]
+        responses = policy.generate(prompts, temperature, policy.cfg.max_response)
+        going = []
+        for (g, e, state, turns), prompt, ids in zip(live, prompts, responses):
+            if g in broken:
+                continue
+            text = policy.decode(ids)
+            action = envs.parse_action(text) or ""
+            try:
+                after = games[g].step(state, action)
+            except Exception as error:
+                fail(g, error)
+                continue
+            plain = fit_prompt(policy, games[g].task, state, turns, None) if e.skill else None
+            e.steps.append(Step(prompt, ids, text, action, state.observation, state.anchor, plain, after.reward,
+                                bool(action) and after.valid))
+            e.success |= after.success
+            if not after.done:
+                going.append((g, e, after, turns + [envs.Turn(state.observation, action)]))
+        live = [item for item in going if item[0] not in broken]
+    for game in games:
+        if game is not None:
+            game.close()
+    return [[] if g in broken else group for g, group in enumerate(groups)]
+
+
+# ---- 4. Update: S10 over rows --------------------------------------------------------------------------------
+
+
+@dataclass
+class Row:
+    """One response under one prompt. RL rows carry an advantage, internalization rows a weight per token (S7, S8)."""
+    prompt: list[int]
+    response: list[int]
+    advantage: float = 0.0
+    gate: list[bool] | None = None
+    weight: float = 0.0
+
+
+def microbatches(rows: Sequence[int], length: Sequence[int], budget: int) -> Iterable[list[int]]:
+    """Indices sorted by length and cut where the padded size would exceed the token budget."""
+    batch: list[int] = []
+    for i in sorted(rows, key=lambda i: length[i]):
+        if batch and (len(batch) + 1) * length[i] > budget:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
+def update(policy: Policy, optimizer: torch.optim.Optimizer, rl: list[Row], internal: list[Row], lam: float,
+           cfg: Config, rng: np.random.Generator) -> dict[str, float]:
+    """One iteration's optimizer steps on L = L_GiGPO + beta L_KL + lambda L_int (S10).
+
+    Every RL row enters exactly one optimizer step, every internalization row `distill_epochs`. Rows without an
+    advantage have no policy gradient and are not run, but their tokens count: the mean is over all sampled tokens.
+    Each step divides by its own token counts, taken before splitting into micro-batches.
+    """
+    n_steps = max(1, math.ceil(len(rl) / cfg.minibatch))
+    if internal:
+        per_pass = math.ceil(len(internal) / cfg.distill_rows)
+        n_steps = max(n_steps, per_pass * cfg.distill_epochs)
+        order = np.concatenate([rng.permutation(len(internal)) for _ in range(cfg.distill_epochs)])
+        int_split = np.array_split(order, n_steps)
+    rl_split = np.array_split(rng.permutation(len(rl)), n_steps)
+    rows = rl + internal
+    length = [len(r.prompt) + len(r.response) for r in rows]
+    signal = [i for i, r in enumerate(rl) if r.advantage != 0.0]
+
+    def evaluate(which: Sequence[int]) -> dict[int, torch.Tensor]:
+        out = {}
+        with torch.no_grad():
+            for batch in microbatches(which, length, cfg.update_tokens):
+                logp, _ = policy.logprobs([rows[i] for i in batch])
+                out.update(zip(batch, logp.split([len(rows[i].response) for i in batch])))
+        return out
+
+    old = evaluate(signal) if n_steps > 1 else None       # with one step the ratio is 1 by definition
+    with policy.model.disable_adapter():
+        reference = evaluate(signal) if cfg.kl_beta else None
+    total: Counter = Counter()
+    policy.model.train()
+    for k in range(n_steps):
+        n_rl = sum(len(rl[i].response) for i in rl_split[k])
+        mine = [int(i) for i in rl_split[k] if rl[i].advantage != 0.0]
+        theirs = [len(rl) + int(i) for i in int_split[k]] if internal else []
+        n_int = max(1, sum(sum(rows[i].gate) for i in theirs))          # S9 counts every gated token, w = 0 included
+        theirs = [i for i in theirs if rows[i].weight > 0]
+        for batch in microbatches(mine, length, cfg.update_tokens):
+            part = [rows[i] for i in batch]
+            logp, entropy = policy.logprobs(part)                                                 # (N,)
+            adv = torch.tensor([r.advantage for r in part for _ in r.response], device=logp.device)
+            logp_old = torch.cat([old[i] for i in batch]) if old else logp.detach()
+            loss = gigpo.clipped_surrogate(logp, logp_old, adv, clip=cfg.clip, dual_clip=cfg.dual_clip or None).sum()
+            total["pg_loss"] += loss.item() / n_rl
+            total["clipped"] += ((logp.detach() - logp_old).exp().sub(1).abs() > cfg.clip).sum().item()
+            if reference:
+                kl = gigpo.kl_k3(logp, torch.cat([reference[i] for i in batch])).sum()
+                total["kl"] += kl.item()
+                loss = loss + cfg.kl_beta * kl
+            total["entropy"] += entropy.sum().item()
+            total["tokens"] += len(logp)
+            (loss / n_rl).backward()
+        for batch in microbatches(theirs, length, cfg.update_tokens):
+            part = [rows[i] for i in batch]
+            logp, _ = policy.logprobs(part)
+            gate = torch.tensor([g for r in part for g in r.gate], device=logp.device)
+            weight = torch.tensor([r.weight for r in part for _ in r.response], device=logp.device)
+            loss, _ = distill.internalization_loss(logp, weight, gate)
+            total["int_loss"] += loss.item() / n_int
+            (lam * loss / n_int).backward()
+        norm = torch.nn.utils.clip_grad_norm_(policy.trainable, cfg.grad_clip)
+        total["grad_norm"] += norm.item()
+        if mine or theirs:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    policy.model.eval()
+    tokens = max(total["tokens"], 1)
+    return dict(pg_loss=total["pg_loss"] / n_steps, int_loss=total["int_loss"] / n_steps, kl=total["kl"] / tokens,
+                entropy=total["entropy"] / tokens, clip_fraction=total["clipped"] / tokens,
+                grad_norm=total["grad_norm"] / n_steps, optimizer_steps=n_steps, rows=len(signal) + len(internal),
+                row_tokens=sum(length[i] for i in signal) + sum(length[len(rl):]) * (cfg.distill_epochs if internal else 0))
+
+
+# ---- 5. The three phases -------------------------------------------------------------------------------------
+
+
+@dataclass
+class Progress:
+    """Everything besides weights, optimizer and bank that a resumed run needs. JSON. Every random draw of iteration k
+    is seeded by (seed, k), so the iteration number is the state of all random generators."""
+    iteration: int = 0
+    phase: int = 0
+    phase_start: int = 0                                    # iteration in which the phase began
+    cursor: int = 0                                         # training tasks drawn so far
+    env_steps: int = 0
+    groups: int = 0
+    failed_groups: int = 0
+    seconds: float = 0.0                                    # training time, evaluations excluded
+    solved: list[str] = field(default_factory=list)         # distinct tasks solved without a skill, N_succ
+    recent: list[float] = field(default_factory=list)       # plain success of the last iterations
+    wins: list[dict] = field(default_factory=list)          # plain successes not yet mined: task, goal, steps
+    gated: list[list[dict]] = field(default_factory=list)   # internalization rows of the last iterations
+    finished: bool = False
+
+
+class Run:
+    """A training run: policy, environment, bank, progress and folder."""
+
+    def __init__(self, cfg: Config, folder: Path, reason: str, resume: Path | None = None):
+        self.cfg, self.folder = cfg, folder
+        self.env = make_environment(cfg)
+        self.train_tasks = self.env.tasks("train")
+        self.panel = panel_tasks(cfg, self.env)
+        print(self.env.notice)
+        print(f"preset {cfg.preset} ({reason}); model {cfg.model}, "
+              f"{'4-bit, ' if cfg.four_bit else ''}LoRA r {cfg.lora_r}; variant {cfg.variant}; seed {cfg.seed}; "
+              f"folder {folder}", flush=True)
+        self.policy = Policy(cfg, resume)
+        self.optimizer = torch.optim.AdamW(self.policy.trainable, lr=cfg.lr, betas=(0.9, 0.999),
+                                           weight_decay=cfg.weight_decay)
+        self.bank = skills.SkillBank(kappa=cfg.kappa, tau_up=cfg.tau_up, tau_down=cfg.tau_down, n_eval=cfg.n_eval,
+                                     m_retire=cfg.m_retire, top_k=cfg.top_k, ucb_c=cfg.ucb, max_size=cfg.bank_size)
+        self.progress = Progress(phase=1 if cfg.variant == "no_warmup" else 0)
+        if resume:
+            load_checkpoint(self, resume)
+
+    # -- one iteration: draw tasks, roll out, measure, update --
+
+    def next_tasks(self) -> list[envs.Task]:
+        """The next `groups` training tasks: a new seeded permutation of the split for every pass over it."""
+        drawn, n, p = [], len(self.train_tasks), self.progress
+        while len(drawn) < self.cfg.groups:
+            epoch, at = divmod(p.cursor, n)
+            order = np.random.default_rng([self.cfg.seed, 1, epoch]).permutation(n)
+            drawn.append(self.train_tasks[int(order[at])])
+            p.cursor += 1
+        return drawn
+
+    def iterate(self) -> dict[str, Any]:
+        """One iteration of the current phase. Returns its row of metrics.csv."""
+        cfg, p, bank = self.cfg, self.progress, self.bank
+        started = time.perf_counter()
+        torch.manual_seed(stable_seed(cfg.seed, "train", p.iteration))
+        rng = np.random.default_rng([cfg.seed, 2, p.iteration])
+        mined = 0
+        if p.phase == 1 and (p.iteration - p.phase_start) % cfg.mine_every == 0:
+            mined = self.mine()
+        half = cfg.group_size // 2
+        plan = []
+        for task in self.next_tasks():
+            skill = bank.retrieve(task.goal, explore=p.phase == 1) if p.phase > 0 else None
+            plan.append((task, [skill] * half + [None] * (cfg.group_size - half)))
+        failures: list[str] = []
+        rolling = time.perf_counter()
+        groups = rollout(self.policy, self.env, plan, cfg.temperature, failures)
+        rollout_s = time.perf_counter() - rolling
+        self.count_failures(failures, len(groups))
+        groups = [g for g in groups if g]
+        rl, gated = [], []
+        for group in groups:
+            self.score(group)
+            effect = self.measure(group)
+            rl += [Row(s.prompt, s.response, s.advantage) for e in group for s in e.steps]
+            if p.phase == 2 and effect is not None:
+                gated += self.gate(group, effect)
+        lam = 0.0
+        internal: list[Row] = []
+        if p.phase == 2:
+            p.gated = (p.gated + [[dataclasses.asdict(r) for r in gated]])[-cfg.distill_window:]
+            internal = [Row(**r) for rows in p.gated for r in rows]
+            if sum(r.weight > 0 for r in internal) < cfg.distill_min:
+                internal = []
+            else:
+                lam = distill.lambda_schedule(p.iteration - p.phase_start + 1, cfg.lambda_max, cfg.lambda_warm)
+        for g in self.optimizer.param_groups:
+            g["lr"] = cfg.distill_lr if internal else cfg.lr
+        updating = time.perf_counter()
+        stats = update(self.policy, self.optimizer, rl, internal, lam, cfg, rng)
+        update_s = time.perf_counter() - updating
+        episodes = [e for g in groups for e in g]
+        plain = [e for e in episodes if e.skill is None]
+        guided = [e for e in episodes if e.skill is not None]
+        for e in plain:
+            if e.success and e.task.id not in p.solved:
+                p.solved.append(e.task.id)
+        if p.phase < 2 and cfg.variant != "gigpo":
+            best = {e.task.id: e for e in sorted(plain, key=lambda e: -len(e.steps)) if e.success}   # shortest win of a task
+            p.wins = (p.wins + [dict(task=e.task.id, goal=e.task.goal, steps=[[s.action, s.observation] for s in e.steps])
+                                for e in best.values()])[-cfg.mine_wins:]
+        p.recent = (p.recent + [mean(e.success for e in plain)])[-3:]
+        steps = [s for e in episodes for s in e.steps]
+        p.env_steps += len(steps)
+        p.seconds += time.perf_counter() - started
+        row = dict(
+            iteration=p.iteration, phase=p.phase, seconds=p.seconds, env_steps=p.env_steps, groups=len(groups),
+            failed_groups=len(failures), success_plain=mean(e.success for e in plain), n_plain=len(plain),
+            success_skill=mean(e.success for e in guided), n_skill=len(guided), mean_steps=len(steps) / max(len(episodes), 1),
+            invalid_rate=mean(not s.valid for s in steps), solved_tasks=len(p.solved),
+            zero_signal_groups=sum(all(s.advantage == 0 for e in g for s in e.steps) for g in groups),
+            mined=mined, rejected=sum(bank.rejected.values()), **{f"skills_{k}": v for k, v in bank.counts().items()},
+            lam=lam, gated_rows=len(gated), internal_rows=len(internal), lr=self.optimizer.param_groups[0]["lr"], **stats,
+            rollout_s=rollout_s, update_s=update_s,
+            rollout_tokens_per_s=sum(len(s.response) for s in steps) / rollout_s,
+            update_tokens_per_s=stats["row_tokens"] / update_s, peak_gib=peak_gib())
+        if p.iteration % cfg.sample_every == 0:
+            save_samples(self.folder, p, groups)
+        p.iteration += 1
+        return row
+
+    def count_failures(self, failures: list[str], n_groups: int) -> None:
+        p = self.progress
+        p.groups += n_groups
+        p.failed_groups += len(failures)
+        for cause in failures:
+            tqdm.write(f"environment failed, its group is dropped: {cause}")
+        if p.failed_groups > 0.05 * max(p.groups, 40):
+            raise UserError(f"{p.failed_groups} of {p.groups} groups were lost to environment failures (limit 5%); the last: "
+                            f"{failures[-1]}; mend the environment or its data, then --resume {self.folder}")
+
+    def score(self, group: list[Episode]) -> None:
+        """G1-G6 for one group; both halves of a pair share it, so an anchor compares guided with plain actions."""
+        cfg = self.cfg
+        advantages = gigpo.group_advantages(
+            [[s.reward for s in e.steps] for e in group], [[s.anchor for s in e.steps] for e in group],
+            [[s.valid for s in e.steps] for e in group], gamma=cfg.gamma, omega=cfg.omega, norm=cfg.norm,
+            baseline=cfg.baseline, invalid_penalty=cfg.invalid_penalty, penalty_inside=cfg.penalty_inside)
+        for e, a in zip(group, advantages):
+            for s, value in zip(e.steps, a):
+                s.advantage = float(value)
+
+    def measure(self, group: list[Episode]) -> float | None:
+        """S4-S6: the group's paired effect, recorded with its skill. None for a group without a skill."""
+        guided = [e for e in group if e.skill is not None]
+        if not guided:
+            return None
+        effect = skills.paired_effect([float(e.success) for e in guided],
+                                      [float(e.success) for e in group if e.skill is None])
+        self.bank.record(guided[0].skill, effect, self.progress.iteration)
+        return effect
+
+    def mine(self) -> int:
+        """S1: the current policy reads its own plain wins and writes one skill for each. Returns how many were accepted."""
+        cfg, p = self.cfg, self.progress
+        wins, p.wins = p.wins, []
+        if not wins:
+            return 0
+        prompts = [self.policy.encode(skills.mining_prompt(w["goal"], w["steps"], cfg.prompt_style,
+                                                           max_words=cfg.skill_words))[-4 * cfg.max_prompt:] for w in wins]
+        accepted = 0
+        for win, ids in zip(wins, self.policy.generate(prompts, cfg.temperature, max(cfg.max_response // 2, 24))):
+            try:
+                condition, strategy = skills.parse_skill(self.policy.decode(ids), max_words=cfg.skill_words)
+                self.bank.add(condition, strategy, p.iteration, win["task"])
+                accepted += 1
+            except skills.SkillRejected as e:
+                self.bank.reject(e.reason)
+        return accepted
+
+    def gate(self, group: list[Episode], effect: float) -> list[Row]:
+        """S7-S8: the group's guided steps as internalization rows under the plain prompt."""
+        cfg, rows = self.cfg, []
+        for e in group:
+            for s in e.steps if e.skill else ():
+                pieces = [self.policy.decode([t]) for t in s.response]
+                gate = distill.action_gate(
+                    torch.tensor([distill.action_mask(pieces)]), torch.tensor([True]),
+                    torch.tensor([e.skill.utility(cfg.kappa)]), torch.tensor([effect]),
+                    response_mask=torch.ones(1, len(pieces), dtype=torch.bool), tokens=cfg.distill_tokens,
+                    require_pair_gain=cfg.pair_gain)
+                weight = distill.advantage_weights(torch.tensor(s.advantage), cfg.a_max).item()
+                if gate.any():
+                    rows.append(Row(s.plain, s.response, gate=gate[0].tolist(), weight=weight))
+        return rows
+
+    # -- the loop over phases --
+
+    def phase_done(self) -> str:
+        """Why the current phase ends now; empty while it goes on."""
+        cfg, p = self.cfg, self.progress
+        age = p.iteration - p.phase_start
+        if cfg.env_steps and p.env_steps >= cfg.env_steps:
+            return f"the budget of {cfg.env_steps} environment steps is spent"
+        if age >= self.phase_limit(p.phase):
+            return f"its budget of {age} iterations is spent"
+        if p.phase == 0 and cfg.variant == "siri" and len(p.solved) >= cfg.n_req and len(p.recent) == 3 \
+                and mean(p.recent) >= cfg.floor:
+            return f"{len(p.solved)} distinct tasks solved, plain success {mean(p.recent):.2f}"
+        if p.phase == 1 and len(self.bank.active) >= cfg.active_req:
+            return f"{len(self.bank.active)} active skills"
+        return ""
+
+    def phase_limit(self, phase: int) -> int:
+        """Iterations that a phase may take. The variants have the same total."""
+        cfg = self.cfg
+        limits = [cfg.warmup_max, cfg.mining_max, cfg.distill_max]
+        return {"siri": limits, "gigpo": [sum(limits), 0, 0],
+                "no_warmup": [0, limits[0] + limits[1], limits[2]]}[cfg.variant][phase]
+
+    def train(self) -> None:
+        cfg, p = self.cfg, self.progress
+        if p.iteration == 0:
+            self.evaluate("base")
+            save_checkpoint(self)
+        total = p.iteration + self.phase_limit(p.phase) - (p.iteration - p.phase_start) + sum(
+            self.phase_limit(k) for k in range(p.phase + 1, 3))
+        bar = tqdm(total=total, initial=p.iteration, desc=PHASES[p.phase], unit="it", dynamic_ncols=True)
+        while not p.finished:
+            if reason := self.phase_done():
+                save_checkpoint(self)
+                self.end_phase(reason, bar)
+                continue
+            row = self.iterate()
+            append_metrics(self.folder, row)
+            bar.set_description(PHASES[p.phase], refresh=False)
+            bar.set_postfix(plain=f"{row['success_plain']:.2f}", skill=f"{row['success_skill']:.2f}",
+                            tok_s=f"{row['rollout_tokens_per_s']:.0f}", refresh=False)
+            bar.update()
+            tqdm.write(dense_line(row))
+            if p.iteration % cfg.save_every == 0:
+                save_checkpoint(self)
+        bar.total = bar.n
+        bar.close()
+
+    def end_phase(self, reason: str, bar: tqdm) -> None:
+        """Evaluate what the phase reached, say why it ended, move on."""
+        cfg, p = self.cfg, self.progress
+        tqdm.write(f"{PHASES[p.phase]} ends after {p.iteration - p.phase_start} iterations: {reason}")
+        spent = cfg.env_steps and p.env_steps >= cfg.env_steps
+        if cfg.variant == "gigpo" or p.phase == 2 or spent:
+            self.evaluate("final")
+            p.finished = True
+            save_checkpoint(self)
+            return
+        bar.total -= self.phase_limit(p.phase) - (p.iteration - p.phase_start)
+        self.evaluate(("after warm-up", "phase 1 plain")[p.phase])
+        if p.phase == 1:
+            self.evaluate("phase 1 with skills", with_skills=True)
+        p.phase += 1
+        p.phase_start = p.iteration
+        save_checkpoint(self)
+
+    def evaluate(self, label: str, with_skills: bool = False) -> None:
+        result = evaluate(self.policy, self.env, self.panel, self.cfg, label, self.bank if with_skills else None)
+        result |= dict(checkpoint=f"iteration {self.progress.iteration}", iteration=self.progress.iteration,
+                       env_steps=self.progress.env_steps)
+        add_result(self.folder, result)
+        tqdm.write(result_line(result))
+
+
+# ---- 6. Evaluation ---------------------------------------------------------------------------------------------
+
+
+def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
+    """95% Wilson interval of a success rate; (0, 1) for n = 0.
+
+    >>> [round(x, 3) for x in wilson(5, 10)]
+    [0.237, 0.763]
+    """
+    if n == 0:
+        return 0.0, 1.0
+    p, d = successes / n, 1 + z * z / n
+    centre, half = (p + z * z / (2 * n)) / d, z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / d
+    return centre - half, centre + half
+
+
+def evaluate(policy: Policy, env: envs.Environment, panel: Sequence[envs.Task], cfg: Config, label: str,
+             bank: skills.SkillBank | None = None) -> dict[str, Any]:
+    """Play every game of the panel once. Without a bank, the plain prompt and nothing else; the bank is for the ablation.
+
+    The same games and the same seed whatever the checkpoint, and the state of training is left as it was.
+    """
+    torch.manual_seed(stable_seed(0, "evaluate"))
+    failures: list[str] = []
+    episodes, started = [], time.perf_counter()
+    for tasks in chunks(panel, max(1, cfg.groups * cfg.group_size)):
+        plan = [(t, [bank.retrieve(t.goal, explore=False) if bank else None]) for t in tasks]
+        groups = rollout(policy, env, plan, cfg.eval_temperature, failures)
+        episodes += [g[0] if g else Episode(t, None) for g, t in zip(groups, tasks)]
+    for cause in failures:
+        tqdm.write(f"environment failed, counted as not solved: {cause}")
+
+    def summary(part: list[Episode]) -> dict[str, Any]:
+        wins, n = sum(e.success for e in part), len(part)
+        steps = [s for e in part for s in e.steps]
+        return dict(n=n, successes=wins, success=wins / n, interval=wilson(wins, n),
+                    mean_steps=len(steps) / n, invalid_rate=mean(not s.valid for s in steps))
+
+    kinds: dict[str, list[Episode]] = defaultdict(list)
+    for e in episodes:
+        kinds[e.task.kind].append(e)
+    return dict(label=label, panel=f"{env.name} {panel[0].split}, {len(panel)} games", skills=bank is not None,
+                temperature=cfg.eval_temperature, seconds=time.perf_counter() - started, failures=len(failures),
+                **summary(episodes), kinds={k: summary(v) for k, v in sorted(kinds.items())},
+                outcomes={e.task.id: e.success for e in episodes})
+
+
+def panel_tasks(cfg: Config, env: envs.Environment) -> list[envs.Task]:
+    tasks = env.tasks(cfg.split)
+    return [tasks[i] for i in range(min(cfg.panel or len(tasks), len(tasks)))]
+
+
+def result_line(r: dict[str, Any]) -> str:
+    lo, hi = r["interval"]
+    return (f"{r['label']:<20} success {r['success']:.3f} [{lo:.3f}, {hi:.3f}]  n {r['n']}  steps {r['mean_steps']:.1f}  "
+            f"invalid {r['invalid_rate']:.3f}")
+
+
+def results_block(folder: Path) -> str:
+    """What the run reached: one line per evaluation, and the last one per task type."""
+    results = read_json(folder / "results.json")
+    lines = [f"results of {folder} ({results[-1]['panel']}; success with 95% Wilson interval)"]
+    lines += ["  " + result_line(r) for r in results]
+    lines += ["per task type, " + results[-1]["label"]]
+    for kind, r in results[-1]["kinds"].items():
+        lines.append("  " + result_line(dict(r, label=kind[:20])))
+    return "\n".join(lines)
+
+
+# ---- 7. The run folder: config, metrics, samples, checkpoints --------------------------------------------------
+
+
+def stable_seed(*parts: Any) -> int:
+    """A 63-bit seed from anything printable, the same on every machine."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
+
+
+def mean(values: Iterable[float]) -> float:
+    values = list(values)
+    return float(np.mean(values)) if values else math.nan
+
+
+def peak_gib() -> float:
+    """Peak memory so far: of the device with CUDA, else the process's resident memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**30
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write aside, then rename: a reader never sees half a file."""
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text(json.dumps(data, indent=1))
+    os.replace(aside, path)
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path}: cannot be read as JSON ({e}); is this a run folder?") from e
+
+
+def add_result(folder: Path, result: dict[str, Any]) -> None:
+    """Append an evaluation; one with the same label and iteration (a repeat after a resume) is replaced."""
+    path = folder / "results.json"
+    results = read_json(path) if path.exists() else []
+    same = lambda r: (r["label"], r["iteration"], r["panel"]) == (result["label"], result["iteration"], result["panel"])
+    write_json(path, [r for r in results if not same(r)] + [result])
+
+
+def append_metrics(folder: Path, row: dict[str, Any]) -> None:
+    path = folder / "metrics.csv"
+    new = not path.exists()
+    with path.open("a", newline="") as f:
+        writer = csv.DictWriter(f, fieldnames=list(row))
+        if new:
+            writer.writeheader()
+        writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+
+
+def dense_line(r: dict[str, Any]) -> str:
+    rate = lambda p, n: f"{p:.2f}±{math.sqrt(p * (1 - p) / n):.2f} (n {n})" if n else "-"
+    text = (f"{r['iteration']:4d} {PHASES[r['phase']]:<11} plain {rate(r['success_plain'], r['n_plain'])}  "
+            f"skill {rate(r['success_skill'], r['n_skill'])}  steps {r['mean_steps']:.1f}  invalid {r['invalid_rate']:.2f}  "
+            f"solved {r['solved_tasks']}  kl {r['kl']:.3f}  H {r['entropy']:.2f}  {r['rollout_s']:.0f}+{r['update_s']:.0f}s")
+    if r["phase"] > 0:
+        text += f"  skills {r['skills_candidate']}c {r['skills_active']}a {r['skills_retired']}r"
+    if r["phase"] == 2:
+        text += f"  lambda {r['lam']:.2f}  gated {r['internal_rows']}"
+    return text
+
+
+def save_samples(folder: Path, p: Progress, groups: list[list[Episode]]) -> None:
+    """One whole group as text: prompts are in the code, here is what was seen, thought, done, and what it was worth."""
+    if not groups:
+        return
+    group = max(groups, key=lambda g: len({e.success for e in g}))
+    shown = {e.skill is None: e for e in group}.values()                      # one plain and one guided episode
+    out = []
+    for e in shown:
+        out.append(f"# iteration {p.iteration}, {PHASES[p.phase]}, {e.task.id}\n# {e.task.goal}\n"
+                   f"# skill: {e.skill.text if e.skill else 'none'}\n# {'success' if e.success else 'failure'}\n")
+        out += [f"[{t}] {s.observation}\n  {s.text}\n  reward {s.reward:g}  advantage {s.advantage:+.2f}"
+                f"{'' if s.valid else '  INVALID'}\n" for t, s in enumerate(e.steps)]
+    (folder / "samples").mkdir(exist_ok=True)
+    (folder / "samples" / f"{p.iteration:04d}.txt").write_text("\n".join(out))
+
+
+def save_checkpoint(run: Run) -> None:
+    """Adapter (peft format), optimizer, progress and bank, written aside and renamed; the last two are kept."""
+    from safetensors.torch import save_file
+    write_json(run.folder / "skills.json", run.bank.to_json())
+    root = run.folder / "checkpoints"
+    name, aside = f"{run.progress.iteration:05d}-{run.progress.phase}", root / "writing"
+    shutil.rmtree(aside, ignore_errors=True)
+    run.policy.model.save_pretrained(aside)
+    state = run.optimizer.state_dict()["state"]
+    save_file({f"{i}.{k}": torch.as_tensor(v).contiguous() for i, s in state.items() for k, v in s.items()},
+              aside / "optimizer.safetensors")
+    write_json(aside / "progress.json", dataclasses.asdict(run.progress))
+    write_json(aside / "skills.json", run.bank.to_json())
+    shutil.rmtree(root / name, ignore_errors=True)
+    os.replace(aside, root / name)
+    for old in sorted(p for p in root.iterdir() if p.is_dir())[:-2]:
+        shutil.rmtree(old)
+
+
+def latest_checkpoint(folder: Path) -> Path:
+    found = sorted((folder / "checkpoints").glob("[0-9]*-[0-9]")) if (folder / "checkpoints").is_dir() else []
+    if not found:
+        raise UserError(f"{folder}: holds no checkpoint; give a run folder such as runs/NAME")
+    return found[-1]
+
+
+def load_checkpoint(run: Run, path: Path) -> None:
+    """The inverse of `save_checkpoint`; the adapter was loaded with the policy. Later rows of metrics.csv are cut off."""
+    from safetensors.torch import load_file
+    try:
+        tensors = load_file(path / "optimizer.safetensors")
+        run.progress = Progress(**read_json(path / "progress.json"))
+        run.bank = skills.SkillBank.from_json(read_json(path / "skills.json"))
+    except (OSError, TypeError, ValueError) as e:
+        raise UserError(f"{path}: not a checkpoint of this program ({e}); resume from another one") from e
+    state: dict[int, dict[str, torch.Tensor]] = defaultdict(dict)
+    for key, value in tensors.items():
+        index, name = key.split(".", 1)
+        state[int(index)][name] = value
+    run.optimizer.load_state_dict({"state": dict(state), "param_groups": run.optimizer.state_dict()["param_groups"]})
+    metrics = run.folder / "metrics.csv"
+    if metrics.exists():
+        with metrics.open(newline="") as f:
+            rows = [r for r in csv.DictReader(f) if int(r["iteration"]) < run.progress.iteration]
+        metrics.unlink()
+        for r in rows:
+            append_metrics(run.folder, r)
+
+
+# ---- 8. Command line -------------------------------------------------------------------------------------------
+
+
+def flag(name: str) -> str:
+    return name.replace("_", "-")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with errors of one line that name the nearest flag."""
+
+    def error(self, message: str):
+        if message.startswith("unrecognized arguments: "):
+            word = message.split(": ")[1].split()[0]
+            near = difflib.get_close_matches(word.split("=")[0], self._option_string_actions, n=1)
+            message = f"{word}: unknown flag" + (f"; did you mean {near[0]}?" if near else "; see --help")
+        raise UserError(message)
+
+
+def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """Flags from Config's fields. Returns the actions (resume, eval, ...) and the settings that were given."""
+    parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    actions = parser.add_argument_group("actions (without one: train)")
+    actions.add_argument("--resume", metavar="RUN", default=None, help="go on with a run where it stopped")
+    actions.add_argument("--eval", metavar="RUN", default=None, help="play the panel with a run's last checkpoint")
+    actions.add_argument("--with-skills", action="store_true", default=False, help="with --eval: use the bank (ablation)")
+    group = parser.add_argument_group("settings (defaults are the paper preset's; see Config in siri.py for sources)")
+    kinds = {"int": int, "float": float, "str": str}
+    for f in dataclasses.fields(Config):
+        if f.type == "bool":
+            group.add_argument(f"--{flag(f.name)}", action=argparse.BooleanOptionalAction, help=f"default {f.default}")
+        else:
+            group.add_argument(f"--{flag(f.name)}", type=kinds[f.type], metavar=f.type, help=f"default {f.default!r}")
+    given = vars(parser.parse_args(argv))
+    chosen = argparse.Namespace(**{k: given.pop(k) for k in ("resume", "eval", "with_skills")})
+    return chosen, given
+
+
+def make_environment(cfg: Config) -> envs.Environment:
+    try:
+        return envs.make(cfg.env, data=cfg.alfworld_data, compact=cfg.compact, max_steps=cfg.max_steps, seed=cfg.seed)
+    except (ValueError, ImportError) as e:
+        raise UserError(str(e)) from e
+
+
+def load_config(folder: Path, changes: dict[str, Any]) -> Config:
+    saved = read_json(folder / "config.json")
+    unknown = set(saved) - {f.name for f in dataclasses.fields(Config)}
+    if unknown:
+        raise UserError(f"{folder}/config.json: unknown settings {', '.join(sorted(unknown))}; it is of another version")
+    return resolve({**saved, **changes})[0]
+
+
+def prepare_folder(cfg: Config) -> Path:
+    """Make the run folder, and find out now whether it can be written to and has room."""
+    folder = Path("runs") / cfg.name
+    if (folder / "config.json").exists():
+        raise UserError(f"{folder} already holds a run: go on with --resume {folder}, or give another --name")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "checkpoints").mkdir(exist_ok=True)
+        write_json(folder / "config.json", dataclasses.asdict(cfg))
+    except OSError as e:
+        raise UserError(f"{folder}: cannot be written ({e.strerror}); run in a folder of your own") from e
+    need = 0.05 if cfg.compact else 3.0
+    free = shutil.disk_usage(folder).free / 2**30
+    if free < need:
+        shutil.rmtree(folder)
+        raise UserError(f"{folder}: {free:.2f} GiB free, checkpoints need {need} GiB; make room")
+    return folder
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    try:
+        chosen, given = parse_arguments(sys.argv[1:] if argv is None else argv)
+        if chosen.with_skills and not chosen.eval:
+            raise UserError("--with-skills: only together with --eval RUN")
+        if chosen.eval and chosen.resume:
+            raise UserError("--eval and --resume: give one of them")
+        if chosen.eval:
+            folder = Path(chosen.eval)
+            checkpoint = latest_checkpoint(folder)
+            cfg = load_config(folder, given)
+            env = make_environment(cfg)
+            print(env.notice)
+            bank = None
+            if chosen.with_skills:
+                bank = skills.SkillBank.from_json(read_json(checkpoint / "skills.json"))
+            label = "eval with skills" if bank else "eval"
+            result = evaluate(Policy(cfg, checkpoint), env, panel_tasks(cfg, env), cfg, label, bank)
+            result |= dict(checkpoint=str(checkpoint.name), iteration=int(checkpoint.name.split("-")[0]))
+            add_result(folder, result)
+            print(result_line(result))
+            for kind, r in result["kinds"].items():
+                print("  " + result_line(dict(r, label=kind[:18])))
+            return 0
+        if chosen.resume:
+            folder = Path(chosen.resume)
+            checkpoint = latest_checkpoint(folder)
+            run = Run(load_config(folder, given), folder, "saved with the run", checkpoint)
+        else:
+            cfg, reason = resolve(given)
+            cfg.name = cfg.name or f"{cfg.env}-{cfg.preset}-{cfg.variant}-seed{cfg.seed}"
+            run = Run(cfg, prepare_folder(cfg), reason)
+        run.train()
+        print(results_block(run.folder))
+        return 0
+    except UserError as e:
+        print(f"siri: {e}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

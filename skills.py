@@ -1,0 +1,387 @@
+"""Skills: one-line pieces of advice that the policy mines from its own successes, and the bank that tests them.
+
+SIRI (arXiv 2606.02355), phase 1. Equations, by tag:
+
+    S1  mining       response -> (condition, strategy), or a rejection that is counted
+    S3  retrieval    argmax over the k best-matching skills of  U_s + c sqrt(log(1 + N) / (1 + n_s))
+    S4  effect       Delta_g = mean R^skill - mean R^plain, within one group, on the success scale
+    S5  utility      U_s = n / (n + kappa) * mean_g Delta_g,  and its standard error
+    S6  lifecycle    candidate -> active if U_s > tau_up;  -> retired if U_s < tau_down, m_retire times in a row
+
+The paper states the stages and both thresholds' rules. Ours, because it leaves them open: the constants; the reasons
+to reject a skill; TF-IDF matching and the confidence bound, so that untried candidates get their turn; the shrinkage
+(one group of 4 + 4 rollouts has a standard deviation near 0.32, so a young mean says little); one skill per group,
+since two would share the credit. Retirement is final, and a retired skill still blocks its duplicates.
+
+>>> bank = SkillBank(n_eval=2)
+>>> condition, strategy = parse_skill("<skill>When the task needs apple -> look in fridge</skill>")
+>>> skill = bank.add(condition, strategy, born=3, source="game 17")
+>>> bank.retrieve("put a clean apple in sinkbasin.").text
+'when the task needs apple -> look in fridge'
+>>> for iteration in (4, 5):
+...     state = bank.record(skill, paired_effect([1, 1, 1, 0], [1, 0, 0, 0]), iteration)
+>>> state, round(skill.utility(bank.kappa), 3)                                         # 2 / (2 + 5) * 0.5
+('active', 0.143)
+"""
+
+import math
+import re
+import textwrap
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+
+import numpy as np
+
+STATES = ("candidate", "active", "retired")
+REASONS = ("unparsable", "control_token", "empty", "instance_specific", "too_long", "duplicate", "bank_full")
+MAX_WORDS = 40          # words in one skill, both halves together
+MAX_WORD_CHARS = 10     # mean characters a word, so that text written without spaces is bounded too
+OBSERVATION_CHARS = 200 # of each observation shown in the full mining prompt
+
+# The prompt's form and its example. The example is about neither benchmark: the policy must find its skills itself.
+FORM = ("CONDITION", "STRATEGY")
+EXAMPLE = ("a door is locked", "look for its key nearby before trying other rooms")
+
+STOP_WORDS = frozenset(
+    "an and any are as at be by can do for from goal has have if in into is it its me must my need needed needs of on "
+    "or should some task tasks that the them then there they this to want wants was when while will with you your"
+    .split())
+
+
+# ---- 1. Types (S2) ----
+
+class SkillRejected(Exception):
+    """A mined skill that must not enter the bank; `reason` is one of REASONS."""
+
+    def __init__(self, reason: str):
+        super().__init__(reason)
+        self.reason = reason
+
+
+@dataclass
+class Skill:
+    """One skill and the whole history of its paired effects."""
+
+    id: int                                      # its index in the bank
+    condition: str                               # when it applies; retrieval reads only this half
+    strategy: str                                # what to do then
+    born: int                                    # iteration in which it was mined
+    source: str                                  # id of the task whose trajectory it was mined from
+    state: str = "candidate"                     # one of STATES
+    effects: list = field(default_factory=list)  # [iteration, Delta_g] for each pairing, in order
+    low_streak: int = 0                          # evaluations in a row with U_s < tau_down
+
+    @property
+    def text(self) -> str:
+        """The one line that the policy reads."""
+        return f"when {self.condition} -> {self.strategy}"
+
+    @property
+    def n(self) -> int:
+        """Number of pairings."""
+        return len(self.effects)
+
+    @property
+    def mean(self) -> float:
+        """Mean of Delta_g over the pairings; 0 before the first."""
+        return float(np.mean([delta for _, delta in self.effects])) if self.n else 0.0
+
+    def utility(self, kappa: float) -> float:
+        """S5: U_s = n / (n + kappa) * mean_g Delta_g, as if kappa more pairings had shown no effect; 0 for n = 0."""
+        return self.n / (self.n + kappa) * self.mean if self.n else 0.0
+
+    def stderr(self, kappa: float) -> float | None:
+        """S5: n / (n + kappa) * sd / sqrt(n), sd the unbiased standard deviation of Delta_g; None for n < 2."""
+        if self.n < 2:
+            return None
+        sd = np.std([delta for _, delta in self.effects], ddof=1)
+        return float(self.n / (self.n + kappa) * sd / math.sqrt(self.n))
+
+    def to_dict(self, kappa: float) -> dict:
+        """A JSON object; `n`, `utility` and `stderr` are there for the reader and are recomputed, never read back."""
+        return {"id": self.id, "condition": self.condition, "strategy": self.strategy, "state": self.state,
+                "born": self.born, "source": self.source, "n": self.n, "utility": self.utility(kappa),
+                "stderr": self.stderr(kappa), "effects": [list(e) for e in self.effects],
+                "low_streak": self.low_streak}
+
+    @classmethod
+    def from_dict(cls, data: dict) -> "Skill":
+        """The inverse of `to_dict`. Raises ValueError naming the skill and the field that is malformed."""
+        if not isinstance(data, dict):
+            raise ValueError(f"skill: expected an object, got {data!r}")
+        values = {}
+        for name, (holds, expected) in _SKILL_FIELDS.items():
+            if name not in data:
+                raise ValueError(f"skill {data.get('id')!r}: field '{name}' is missing")
+            if not holds(data[name]):
+                raise ValueError(f"skill {data.get('id')!r}: field '{name}' is {data[name]!r}, expected {expected}")
+            values[name] = data[name]
+        return cls(**{**values, "effects": [[i, float(delta)] for i, delta in values["effects"]]})
+
+
+def _is_count(x) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool) and x >= 0
+
+
+def _is_number(x) -> bool:
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
+
+
+def _is_effect(x) -> bool:
+    return isinstance(x, (list, tuple)) and len(x) == 2 and _is_count(x[0]) and _is_number(x[1]) and abs(x[1]) <= 1
+
+
+def _is_text(x) -> bool:
+    return isinstance(x, str) and bool(x.strip())
+
+
+_SKILL_FIELDS = {  # field: (what must hold, the same in words)
+    "id": (_is_count, "a whole number >= 0"),
+    "condition": (_is_text, "a text that is not blank"),
+    "strategy": (_is_text, "a text that is not blank"),
+    "born": (_is_count, "an iteration >= 0"),
+    "source": (lambda x: isinstance(x, str), "a task id (text)"),
+    "state": (lambda x: x in STATES, f"one of {', '.join(STATES)}"),
+    "effects": (lambda x: isinstance(x, list) and all(map(_is_effect, x)), "pairs [iteration >= 0, delta in -1..1]"),
+    "low_streak": (_is_count, "a whole number >= 0"),
+}
+
+
+# ---- 2. Mining (S1) ----
+
+def mining_prompt(goal: str, steps: Sequence[tuple[str, str]], style: str = "full", *,
+                  max_words: int = MAX_WORDS) -> str:
+    """S1: the user turn that shows the policy its own successful plain trajectory and asks for one skill.
+
+    `steps` holds (action, the observation that followed). "full" is for an instruct model; observations are cut to
+    OBSERVATION_CHARS. "compact" is for a tiny word-level policy: few fixed words, and the actions only.
+    Raises ValueError for a trajectory without steps or an unknown style.
+    """
+    if not steps:
+        raise ValueError("steps is empty: a skill is mined from a trajectory with at least one action")
+    if style == "compact":
+        return f"task: {goal}\nactions: {' ; '.join(action for action, _ in steps)}\nwrite a skill"
+    if style != "full":
+        raise ValueError(f"style is {style!r}, expected 'full' or 'compact'")
+    shorten = lambda text: textwrap.shorten(text, OBSERVATION_CHARS, placeholder=" ...")
+    shown = "\n".join(f"> {action}\n{shorten(observation)}" for action, observation in steps)
+    form, example = ("<skill>when {} -> {}</skill>".format(*halves) for halves in (FORM, EXAMPLE))
+    return (f"You have just completed this task: {goal}\n\n"
+            f"What you did (after >) and what you saw:\n{shown}\n\n"
+            "Write down the one lesson from this success that would help you most with similar tasks.\n"
+            "- CONDITION tells which tasks it is for, in the words such a task would use.\n"
+            "- STRATEGY tells what to do, briefly enough to follow at a glance.\n"
+            "- Keep it general: kinds of things and places, never a particular one, and no digits.\n"
+            f"- At most {max_words} words in all, on one line, in exactly this form:\n{form}\n"
+            f"For example, about another world:\n{example}")
+
+
+def parse_skill(response: str, *, max_words: int = MAX_WORDS) -> tuple[str, str]:
+    """S1: (condition, strategy) from a response holding exactly one `<skill>when CONDITION -> STRATEGY</skill>`.
+
+    Text around the tags is ignored, white space becomes single spaces, letter case is kept, and a leading "when" or
+    "do" is dropped (not that of "do not"): parsing a skill's own text gives that skill again. Raises SkillRejected:
+
+        unparsable         not one pair of tags, or not one arrow
+        control_token      an angle bracket besides the arrow's (<|, |>, any tag), or an unprintable character
+        empty              a half without a letter, or an echo of the prompt's form or example
+        instance_specific  a digit ("apple 2" exists in one game only)
+        too_long           over max_words words, or over MAX_WORD_CHARS * max_words characters
+
+    >>> parse_skill("So: <skill> When it is dark ->  do  find a lamp </skill>")
+    ('it is dark', 'find a lamp')
+    """
+    found = re.findall(r"<skill>(.*?)</skill>", response, re.IGNORECASE | re.DOTALL)
+    if len(found) != 1:
+        raise SkillRejected("unparsable")
+    body = " ".join(found[0].split())
+    if not body.isprintable() or re.search(r"<|(?<!-)>", body):
+        raise SkillRejected("control_token")
+    halves = [half.strip() for half in re.split(r"-+>", body)]
+    if len(halves) != 2:
+        raise SkillRejected("unparsable")
+    condition = re.sub(r"^(when( |$))+", "", halves[0], flags=re.IGNORECASE)
+    strategy = re.sub(r"^(do( (?!not\b)|$))+", "", halves[1], flags=re.IGNORECASE)
+    skill = (condition, strategy)
+    if not all(any(map(str.isalpha, half)) for half in skill) or skill in (FORM, EXAMPLE):
+        raise SkillRejected("empty")
+    text = f"{condition} {strategy}"
+    if any(map(str.isdigit, text)):
+        raise SkillRejected("instance_specific")
+    if len(text.split()) > max_words or len(text) > MAX_WORD_CHARS * max_words:
+        raise SkillRejected("too_long")
+    return skill
+
+
+# ---- 3. Retrieval (S3) ----
+
+def words(text: str) -> list[str]:
+    """The content words of a text: whole runs of two or more letters, case folded; no numbers, no stop words.
+
+    >>> words("Put that hat in drawer 2.")
+    ['put', 'hat', 'drawer']
+    """
+    return [word for word in re.findall(r"[^\W\d_]{2,}", text.casefold()) if word not in STOP_WORDS]
+
+
+def tfidf_cosine(query: str, documents: Sequence[str]) -> np.ndarray:
+    """S3: cosine similarity of the query with each of D documents, shape (D,), each in [0, 1]; 0 if no word is shared.
+
+    A text's weight for word w is count(w) * idf(w), with the smooth idf(w) = 1 + ln((1 + D) / (1 + df(w))), where df(w)
+    is the number of documents that hold w. Query words that no document holds stay in the query's norm: the similarity
+    then says how much of the task a skill speaks about.
+    """
+    counts = [Counter(words(text)) for text in (query, *documents)]
+    vocabulary = sorted(set().union(*counts))
+    tf = np.array([[count[w] for w in vocabulary] for count in counts], dtype=float)  # (1 + D, V)
+    df = (tf[1:] > 0).sum(axis=0)                                                     # (V,)
+    x = tf * (1 + np.log((1 + len(documents)) / (1 + df)))                            # (1 + D, V)
+    norm = np.linalg.norm(x, axis=1, keepdims=True)                                   # (1 + D, 1)
+    x = np.divide(x, norm, out=np.zeros_like(x), where=norm > 0)                      # (1 + D, V)
+    return np.minimum((x[1:] * x[0]).sum(axis=1), 1.0)  # (D,); not `@`, whose rounding could untie equal documents
+
+
+# ---- 4. Paired effect (S4) ----
+
+def paired_effect(skill_outcomes: Sequence[float], plain_outcomes: Sequence[float]) -> float:
+    """S4: Delta_g = mean R^skill - mean R^plain over one group's two halves, success scale (0 lost, 1 won).
+
+    Raises ValueError for an empty half or an outcome outside 0..1 (a return of 10 is on another scale).
+    """
+    for name, half in (("skill_outcomes", skill_outcomes), ("plain_outcomes", plain_outcomes)):
+        if len(half) == 0:
+            raise ValueError(f"{name} is empty: an effect needs rollouts in both halves")
+        if not all(0 <= outcome <= 1 for outcome in half):
+            raise ValueError(f"{name} is {list(half)}, expected outcomes in 0..1")
+    return float(np.mean(skill_outcomes) - np.mean(plain_outcomes))
+
+
+# ---- 5. The bank (S2, S3, S5, S6) ----
+
+@dataclass
+class SkillBank:
+    """Every skill ever accepted, retired ones included (skills[i].id == i), and the counts of rejections."""
+
+    kappa: float = 5.0            # S5: weight of the prior at zero effect, pairings
+    tau_up: float = 0.1           # S6: promote above this utility
+    tau_down: float = 0.0         # S6: an evaluation below this utility is a low one
+    n_eval: int = 10              # S6: pairings before the first evaluation; each later pairing is another one
+    m_retire: int = 5             # S6: low evaluations in a row that retire a skill
+    top_k: int = 4                # S3: best-matching skills among which the bound chooses
+    ucb_c: float = 0.3            # S3: weight of the exploration bonus, success scale
+    min_similarity: float = 0.05  # S3: a skill matches above this cosine
+    max_size: int = 64            # candidates and active skills together
+    skills: list[Skill] = field(default_factory=list)
+    rejected: Counter = field(default_factory=Counter)
+
+    def __post_init__(self):
+        for name in ("kappa", "tau_up", "tau_down", "ucb_c", "min_similarity"):
+            value = getattr(self, name)
+            if not _is_number(value) or (value < 0 and not name.startswith("tau")):
+                raise ValueError(f"bank: '{name}' is {value!r}, expected a finite number, >= 0 unless a threshold")
+        for name in ("n_eval", "m_retire", "top_k", "max_size"):
+            if not _is_count(getattr(self, name)) or getattr(self, name) == 0:
+                raise ValueError(f"bank: '{name}' is {getattr(self, name)!r}, expected a whole number >= 1")
+        if self.tau_down > self.tau_up:
+            raise ValueError(f"bank: 'tau_down' is {self.tau_down}, expected at most tau_up = {self.tau_up}")
+
+    @property
+    def live(self) -> list[Skill]:
+        """Candidates and active skills."""
+        return [skill for skill in self.skills if skill.state != "retired"]
+
+    @property
+    def active(self) -> list[Skill]:
+        return [skill for skill in self.skills if skill.state == "active"]
+
+    def counts(self) -> dict[str, int]:
+        """Number of skills in each of STATES."""
+        return {state: sum(skill.state == state for skill in self.skills) for state in STATES}
+
+    def add(self, condition: str, strategy: str, born: int, source: str) -> Skill:
+        """S2: a new candidate from `parse_skill`'s halves.
+
+        Raises SkillRejected("duplicate") if any skill, retired or not, has the same text up to letter case, and
+        SkillRejected("bank_full") if max_size skills are live. The caller counts both with `reject`.
+        """
+        skill = Skill(len(self.skills), condition, strategy, born, source)
+        if any(skill.text.casefold() == other.text.casefold() for other in self.skills):
+            raise SkillRejected("duplicate")
+        if len(self.live) >= self.max_size:
+            raise SkillRejected("bank_full")
+        self.skills.append(skill)
+        return skill
+
+    def reject(self, reason: str) -> None:
+        """S1: counts one rejected skill. Raises ValueError for a reason not in REASONS."""
+        if reason not in REASONS:
+            raise ValueError(f"reason is {reason!r}, expected one of {', '.join(REASONS)}")
+        self.rejected[reason] += 1
+
+    def retrieve(self, task_text: str, *, explore: bool = True,
+                 shuffle: np.random.Generator | None = None) -> Skill | None:
+        """S3: the one skill for this task's group, or None if none matches.
+
+        explore=True: of the top_k live skills by similarity (above min_similarity), the largest
+        U_s + c sqrt(log(1 + N) / (1 + n_s)), N the pairings of those k together; ties go to the more similar, then the
+        older. explore=False (evaluation): the most similar active skill; ties go to the more useful, then the older.
+        shuffle: a uniform draw from the same pool whatever the task, for the ablation `random_skill`.
+        """
+        pool = self.live if explore else self.active
+        if shuffle is not None:
+            return pool[shuffle.integers(len(pool))] if pool else None
+        similarity = tfidf_cosine(task_text, [skill.condition for skill in pool])
+        matches = [(sim, skill) for sim, skill in zip(similarity, pool) if sim > self.min_similarity]
+        if not explore:
+            rank = lambda m: (m[0], m[1].utility(self.kappa), -m[1].id)
+        else:
+            matches = sorted(matches, key=lambda m: (-m[0], m[1].id))[:self.top_k]
+            log_total = math.log(1 + sum(skill.n for _, skill in matches))
+            bound = lambda skill: skill.utility(self.kappa) + self.ucb_c * math.sqrt(log_total / (1 + skill.n))
+            rank = lambda m: (bound(m[1]), m[0], -m[1].id)
+        return max(matches, key=rank)[1] if matches else None
+
+    def record(self, skill: Skill, delta: float, iteration: int) -> str:
+        """S5-S6: adds one paired effect Delta_g, moves the skill through its lifecycle, and returns its state.
+
+        From the n_eval-th pairing on: U_s > tau_up makes it active, where it stays while U_s is between the thresholds;
+        m_retire evaluations in a row with U_s < tau_down retire it, for good (effects that arrive later are only kept).
+        Raises ValueError for a skill of another bank or an effect that is not an [iteration >= 0, -1..1] pair.
+        """
+        if not any(skill is own for own in self.skills):
+            raise ValueError(f"skill {skill.id} is not an object of this bank")
+        if not _is_effect((iteration, delta)):
+            raise ValueError(f"skill {skill.id}: effect is {[iteration, delta]}, expected [iteration >= 0, -1..1]")
+        skill.effects.append([iteration, float(delta)])
+        if skill.state != "retired" and skill.n >= self.n_eval:
+            utility = skill.utility(self.kappa)
+            skill.low_streak = skill.low_streak + 1 if utility < self.tau_down else 0
+            if utility > self.tau_up:
+                skill.state = "active"
+            elif skill.low_streak >= self.m_retire:
+                skill.state = "retired"
+        return skill.state
+
+    def to_json(self) -> dict:
+        """The whole bank as a JSON object: the constants, the rejections, the skills."""
+        constants = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("skills", "rejected")}
+        return {**constants, "rejected": dict(self.rejected), "skills": [s.to_dict(self.kappa) for s in self.skills]}
+
+    @classmethod
+    def from_json(cls, data: dict) -> "SkillBank":
+        """The exact inverse of `to_json`. Raises ValueError naming what is malformed."""
+        names = {f.name for f in fields(cls)}
+        if not isinstance(data, dict) or set(data) != names:
+            wrong = sorted(set(data) ^ names) if isinstance(data, dict) else repr(data)
+            raise ValueError(f"bank: missing or unknown fields {wrong}")
+        rejected = data["rejected"]
+        if not isinstance(rejected, dict) or not all(r in REASONS and _is_count(c) for r, c in rejected.items()):
+            raise ValueError(f"bank: 'rejected' is {rejected!r}, expected a count for each reason")
+        if not isinstance(data["skills"], list):
+            raise ValueError(f"bank: 'skills' is {data['skills']!r}, expected a list")
+        skills = [Skill.from_dict(item) for item in data["skills"]]
+        for index, skill in enumerate(skills):
+            if skill.id != index:
+                raise ValueError(f"skill {skill.id}: field 'id' is {skill.id}, expected {index}, its place in the bank")
+        return cls(**{**data, "skills": skills, "rejected": Counter(rejected)})
