@@ -127,12 +127,13 @@ def parse_action(response: str) -> str | None:
 # (a compiled library that holds the state of the world) and writes the text itself. Both are used here as they are;
 # what makes the stock environment slow is left out:
 # - the PDDL is translated four times per load and reset: here once, and the last translations are kept;
-# - grammar texts and queries are parsed again in every step: here once per text;
+# - the grammar is parsed anew for every game, its texts and queries in every step: here once;
 # - contexts are deep-copied for every admissible command: here they are plain dictionaries, shared;
 # - a state already visited by any rollout of the group is not computed again.
 # Text, admissible commands, reward and end are the same to the byte; the tests play both side by side.
 
 BANNER = "-= Welcome to TextWorld, ALFRED! =-\n\n"        # TextWorld's; it says nothing, so policies don't see it
+STAND_IN = "UNKNOWN GOAL"                                 # as in the grammar that alfworld ships
 Facts = dict[str, list[tuple[str, ...]]]                  # predicate -> its true argument tuples, sorted
 
 
@@ -156,8 +157,14 @@ def _textworld() -> SimpleNamespace:
 
 
 @lru_cache(maxsize=8)
-def _grammar(text: str) -> Any:
+def _parsed(text: str) -> Any:
     return _textworld().logic.GameLogic("", text)
+
+
+def _grammar(text: str) -> tuple[Any, str]:
+    """The parsed grammar, and the goal. Games differ in one sentence only, so it is parsed with a stand-in for that."""
+    goal = re.search(r"(?<=Your task is to: )[\w ,'-]+", text)
+    return (_parsed(text.replace(goal[0], STAND_IN)), goal[0]) if goal else (_parsed(text), STAND_IN)
 
 
 @lru_cache(maxsize=4096)
@@ -193,7 +200,7 @@ class _World(NamedTuple):
     parameters: dict[str, list[tuple[str, str]]]    # action -> (variable, type)
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=256)
 def _translate(domain: str, problem: str) -> _World:
     tw, argv, out = _textworld(), sys.argv, sys.stdout
     sys.stdout = io.StringIO()
@@ -233,7 +240,7 @@ class AlfEngine:
 
     def load(self, data: Mapping[str, Any]) -> None:
         self.world = _translate(data["pddl_domain"], data["pddl_problem"])
-        self.logic = _grammar(data["grammar"])
+        self.logic, goal = _grammar(data["grammar"])
         self.lib.load_sas(self.world.sas)
         facts = defaultdict(set, {name: set(rows) for name, rows in self.world.facts.items()})
         atoms = (self.fd.Atom * self.lib.get_state_size())()
@@ -248,7 +255,7 @@ class AlfEngine:
             info.name, info.definite, info.indefinite = demangler.demangle_alfred_name(info.id), "the", "a"
         self.nodes: dict[Any, _Node] = {}
         self.root = self._node({name: sorted(rows) for name, rows in facts.items()}, frozenset())
-        self.intro = self._write("#intro#", self.root.facts, {})
+        self.intro = self._write("#intro#", self.root.facts, {}).replace(STAND_IN, goal)
 
     def step(self, node: _Node, command: str) -> tuple[_Node, str]:
         """The next node, and TextWorld's feedback."""
@@ -353,11 +360,8 @@ class AlfGame:
         except BaseException:
             env.engines.append(self.engine)
             raise
-        text = self.engine.intro.removeprefix(BANNER)
-        goal = text.rpartition("Your task is to: ")[2].removesuffix(".")
-        self.task = dataclasses.replace(task, goal=goal)
-        self.walkthrough = tuple(data.get("walkthrough") or ())
-        self.start = self._state(self.engine.root, text)
+        self.task = task
+        self.start = self._state(self.engine.root, self.engine.intro.removeprefix(BANNER))
 
     def step(self, state: State, action: str) -> State:
         """The state after `action`. An inadmissible action is answered "Nothing happens." and marked invalid."""
@@ -418,8 +422,10 @@ class AlfWorld:
             found = []
             for path in sorted((folder / split).glob("**/game.tw-pddl")):
                 name = path.parent.relative_to(folder).as_posix()
-                if "movable" not in name and "Sliced" not in name and _solvable(path):
-                    found.append(Task(name, path.parent.parent.name.partition("-")[0], "", split, path))
+                if "movable" not in name and "Sliced" not in name:
+                    solvable, goal = _glance(path)
+                    if solvable:
+                        found.append(Task(name, path.parent.parent.name.partition("-")[0], goal, split, path))
             if not found:
                 raise ValueError(f"no ALFWorld games in {folder / split}; get them again with `alfworld-download`")
             splits[split] = found
@@ -454,15 +460,15 @@ class AlfWorld:
                              "get it again with `alfworld-download`") from error
 
 
-def _solvable(path: Path) -> bool:
-    """Whether a game file is marked solvable. The mark is at the end: reading that is faster than 100 kB of JSON."""
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - 4096))
-        tail = file.read()
-    marks = re.findall(rb'"solvable":\s*(true|false)', tail) or re.findall(rb'"solvable":\s*(true|false)', path.read_bytes())
-    if not marks:
-        raise ValueError(f"{path} is not an ALFWorld game: it has no mark \"solvable\"; get it again with `alfworld-download`")
-    return marks[-1] == b"true"
+def _glance(path: Path) -> tuple[bool, str]:
+    """Whether a game file is marked solvable, and its goal, without parsing 100 kB of JSON."""
+    text = path.read_bytes()
+    mark = re.search(rb'"solvable":\s*(true|false)', text)
+    goal = re.search(rb'Your task is to: ([^"\\]*?)\.?\\"', text)
+    if not mark or not goal:
+        raise ValueError(f"{path} is not an ALFWorld game (no {'goal' if mark else 'mark `solvable`'}); "
+                         "get it again with `alfworld-download`")
+    return mark[1] == b"true", goal[1].decode()
 
 
 def make(name: str, *, data: str = "", compact: bool = False, max_steps: int = 50, seed: int = 0) -> Environment:

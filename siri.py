@@ -24,19 +24,43 @@ import shutil
 import sys
 import time
 from collections import Counter, defaultdict
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Iterable, Sequence
 
-import numpy as np
-import torch
-from tqdm import tqdm
 
-import distill
-import envs
-import gigpo
-import skills
+def preflight() -> int:
+    """`--check`: can this machine install the requirements? Runs before anything is installed, on the standard library."""
+    wrong = []
+    if not (3, 10) <= sys.version_info[:2] <= (3, 12):
+        wrong.append(f"Python {sys.version.split()[0]} is not supported by TextWorld: use Python 3.10, 3.11 or 3.12")
+    if not shutil.which("make") or not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        wrong.append("ALFWorld's engine is compiled on installation and needs make and a C++ compiler: on Debian or Ubuntu "
+                     "`sudo apt install build-essential`, on macOS `xcode-select --install`")
+    if sys.platform == "win32":
+        wrong.append("ALFWorld's engine does not build on Windows: use WSL")
+    if sys.prefix == sys.base_prefix or shutil.which("python") is None:
+        wrong.append("no virtual environment is active (the engine's build calls `python`): "
+                     "`python3 -m venv .venv && . .venv/bin/activate`")
+    for line in wrong:
+        print(f"siri: {line}", file=sys.stderr)
+    return 2 if wrong else 0
+
+
+if __name__ == "__main__" and sys.argv[1:] == ["--check"]:
+    sys.exit(preflight())
+
+try:
+    import numpy as np
+    import torch
+    from tqdm import tqdm
+
+    import distill
+    import envs
+    import gigpo
+    import skills
+except ModuleNotFoundError as error:
+    sys.exit(f"siri: the package {error.name} is missing: run `pip install -r requirements.txt`")
 
 HERE = Path(__file__).resolve().parent
 PHASES = ("warm-up", "mining", "internalize")
@@ -131,7 +155,7 @@ class Config:
 
 TINY = dict(
     model="assets/tiny", four_bit=False, compact=True, prompt_style="compact", max_steps=10, lora_r=16, lora_alpha=32,
-    max_prompt=512, max_response=24, eval_temperature=1.0, gen_rows=256, update_tokens=32768, groups=8, lr=1e-3,
+    max_prompt=512, max_response=24, eval_temperature=1.0, gen_rows=256, update_tokens=4096, groups=8, lr=1e-3,
     minibatch=4096, warmup_max=16, n_req=40, floor=0.3, mining_max=24, mine_every=1, mine_wins=32, n_eval=3,
     kappa=1.0, active_req=24, distill_max=8, distill_lr=1e-3, distill_epochs=4, panel=120, sample_every=5)
 PRESETS: dict[str, dict[str, Any]] = {
@@ -183,6 +207,8 @@ def resolve(overrides: dict[str, Any]) -> tuple[Config, str]:
     if cfg.four_bit and not cuda:
         raise UserError(f"4-bit weights need a CUDA device and none was found: add --no-four-bit, or use --preset tiny "
                         f"(this is preset {preset})")
+    if cfg.penalty_inside and cfg.baseline != "steps":
+        raise UserError("--penalty-inside: the release's penalty is per step row; add --baseline steps")
     if cfg.compact and cfg.alfworld_data:
         raise UserError("--alfworld-data with compact games: the tiny policy knows only its own small generated games; "
                         "add --preset paper (or --no-compact and a --model of your own)")
@@ -379,7 +405,7 @@ def rollout(policy: Policy, env: envs.Environment, plan: Sequence[tuple[envs.Tas
             continue
         live += [(g, e, games[g].start, []) for e in groups[g]]
     while live:
-        prompts = [fit_prompt(policy, games[g].task, s, turns, e.skill.text if e.skill else None) for g, e, s, turns in live]
+        prompts = [fit_prompt(policy, e.task, s, turns, e.skill.text if e.skill else None) for g, e, s, turns in live]
         responses = policy.generate(prompts, temperature, policy.cfg.max_response)
         going = []
         for (g, e, state, turns), prompt, ids in zip(live, prompts, responses):
@@ -392,7 +418,7 @@ def rollout(policy: Policy, env: envs.Environment, plan: Sequence[tuple[envs.Tas
             except Exception as error:
                 fail(g, error)
                 continue
-            plain = fit_prompt(policy, games[g].task, state, turns, None) if e.skill else None
+            plain = fit_prompt(policy, e.task, state, turns, None) if e.skill else None
             e.steps.append(Step(prompt, ids, text, action, state.observation, state.anchor, plain, after.reward,
                                 bool(action) and after.valid))
             e.success |= after.success
@@ -560,75 +586,69 @@ class Run:
         return drawn
 
     def iterate(self) -> dict[str, Any]:
-        """One iteration of the current phase. Returns its row of metrics.csv."""
-        cfg, p, bank = self.cfg, self.progress, self.bank
+        """One iteration of the current phase: mine, roll out, measure, update. Returns its row of metrics.csv."""
+        cfg, p = self.cfg, self.progress
         started = time.perf_counter()
         torch.manual_seed(stable_seed(cfg.seed, "train", p.iteration))
-        rng = np.random.default_rng([cfg.seed, 2, p.iteration])
-        mined = 0
-        if p.phase == 1 and (p.iteration - p.phase_start) % cfg.mine_every == 0:
-            mined = self.mine()
-        half = cfg.group_size // 2
-        plan = []
-        for task in self.next_tasks():
-            skill = bank.retrieve(task.goal, explore=p.phase == 1) if p.phase > 0 else None
-            plan.append((task, [skill] * half + [None] * (cfg.group_size - half)))
-        failures: list[str] = []
-        rolling = time.perf_counter()
-        groups = rollout(self.policy, self.env, plan, cfg.temperature, failures)
-        rollout_s = time.perf_counter() - rolling
-        self.count_failures(failures, len(groups))
-        groups = [g for g in groups if g]
-        rl, gated = [], []
+        mined = self.mine() if p.phase == 1 and (p.iteration - p.phase_start) % cfg.mine_every == 0 else 0
+        groups, failures = self.play()
+        rolled = time.perf_counter()
         for group in groups:
             self.score(group)
-            effect = self.measure(group)
-            rl += [Row(s.prompt, s.response, s.advantage) for e in group for s in e.steps]
-            if p.phase == 2 and effect is not None:
-                gated += self.gate(group, effect)
-        lam = 0.0
-        internal: list[Row] = []
-        if p.phase == 2:
-            p.gated = (p.gated + [[dataclasses.asdict(r) for r in gated]])[-cfg.distill_window:]
-            internal = [Row(**r) for rows in p.gated for r in rows]
-            if sum(r.weight > 0 for r in internal) < cfg.distill_min:
-                internal = []
-            else:
-                lam = distill.lambda_schedule(p.iteration - p.phase_start + 1, cfg.lambda_max, cfg.lambda_warm)
+        effects = [self.measure(group) for group in groups]
+        rl = [Row(s.prompt, s.response, s.advantage) for group in groups for e in group for s in e.steps]
+        internal, lam = self.internal_rows(groups, effects) if p.phase == 2 else ([], 0.0)
         for g in self.optimizer.param_groups:
             g["lr"] = cfg.distill_lr if internal else cfg.lr
-        updating = time.perf_counter()
-        stats = update(self.policy, self.optimizer, rl, internal, lam, cfg, rng)
-        update_s = time.perf_counter() - updating
-        episodes = [e for g in groups for e in g]
-        plain = [e for e in episodes if e.skill is None]
-        guided = [e for e in episodes if e.skill is not None]
-        for e in plain:
-            if e.success and e.task.id not in p.solved:
-                p.solved.append(e.task.id)
-        if p.phase < 2 and cfg.variant != "gigpo":
-            best = {e.task.id: e for e in sorted(plain, key=lambda e: -len(e.steps)) if e.success}   # shortest win of a task
-            p.wins = (p.wins + [dict(task=e.task.id, goal=e.task.goal, steps=[[s.action, s.observation] for s in e.steps])
-                                for e in best.values()])[-cfg.mine_wins:]
-        p.recent = (p.recent + [mean(e.success for e in plain)])[-3:]
-        steps = [s for e in episodes for s in e.steps]
-        p.env_steps += len(steps)
-        p.seconds += time.perf_counter() - started
+        stats = update(self.policy, self.optimizer, rl, internal, lam, cfg, np.random.default_rng([cfg.seed, 2, p.iteration]))
+        ended = time.perf_counter()
+        p.seconds += ended - started
+        p.env_steps += len(rl)
+        self.remember(groups)
         row = dict(
-            iteration=p.iteration, phase=p.phase, seconds=p.seconds, env_steps=p.env_steps, groups=len(groups),
-            failed_groups=len(failures), success_plain=mean(e.success for e in plain), n_plain=len(plain),
-            success_skill=mean(e.success for e in guided), n_skill=len(guided), mean_steps=len(steps) / max(len(episodes), 1),
-            invalid_rate=mean(not s.valid for s in steps), solved_tasks=len(p.solved),
-            zero_signal_groups=sum(all(s.advantage == 0 for e in g for s in e.steps) for g in groups),
-            mined=mined, rejected=sum(bank.rejected.values()), **{f"skills_{k}": v for k, v in bank.counts().items()},
-            lam=lam, gated_rows=len(gated), internal_rows=len(internal), lr=self.optimizer.param_groups[0]["lr"], **stats,
-            rollout_s=rollout_s, update_s=update_s,
-            rollout_tokens_per_s=sum(len(s.response) for s in steps) / rollout_s,
-            update_tokens_per_s=stats["row_tokens"] / update_s, peak_gib=peak_gib())
+            iteration=p.iteration, phase=p.phase, seconds=p.seconds, env_steps=p.env_steps, failed_groups=len(failures),
+            **group_stats(groups), solved_tasks=len(p.solved), mined=mined, rejected=sum(self.bank.rejected.values()),
+            **{f"skills_{state}": n for state, n in self.bank.counts().items()}, lam=lam, internal_rows=len(internal),
+            lr=self.optimizer.param_groups[0]["lr"], **stats, rollout_s=rolled - started, update_s=ended - rolled,
+            rollout_tokens_per_s=sum(len(r.response) for r in rl) / (rolled - started),
+            update_tokens_per_s=stats["row_tokens"] / (ended - rolled), peak_gib=peak_gib())
         if p.iteration % cfg.sample_every == 0:
             save_samples(self.folder, p, groups)
         p.iteration += 1
         return row
+
+    def play(self) -> tuple[list[list[Episode]], list[str]]:
+        """Roll out the next groups: all plain in phase 0, else half of each with the task's skill (S3, S4)."""
+        cfg, p, half = self.cfg, self.progress, self.cfg.group_size // 2
+        plan = []
+        for task in self.next_tasks():
+            skill = self.bank.retrieve(task.goal, explore=p.phase == 1) if p.phase > 0 else None
+            plan.append((task, [skill] * half + [None] * (cfg.group_size - half)))
+        failures: list[str] = []
+        groups = rollout(self.policy, self.env, plan, cfg.temperature, failures)
+        self.count_failures(failures, len(groups))
+        return [g for g in groups if g], failures
+
+    def internal_rows(self, groups: list[list[Episode]], effects: list[float | None]) -> tuple[list[Row], float]:
+        """The gated steps of the last `distill_window` iterations and lambda (S10); none while there are too few."""
+        cfg, p = self.cfg, self.progress
+        fresh = [row for group, effect in zip(groups, effects) if effect is not None for row in self.gate(group, effect)]
+        p.gated = (p.gated + [[dataclasses.asdict(row) for row in fresh]])[-cfg.distill_window:]
+        rows = [Row(**row) for part in p.gated for row in part]
+        if sum(row.weight > 0 for row in rows) < cfg.distill_min:
+            return [], 0.0
+        return rows, distill.lambda_schedule(p.iteration - p.phase_start + 1, cfg.lambda_max, cfg.lambda_warm)
+
+    def remember(self, groups: list[list[Episode]]) -> None:
+        """What later decisions rest on: tasks solved without a skill, recent plain success, wins to mine."""
+        cfg, p = self.cfg, self.progress
+        plain = [e for group in groups for e in group if e.skill is None]
+        shortest = {e.task.id: e for e in sorted(plain, key=lambda e: -len(e.steps)) if e.success}
+        p.solved += [task for task in shortest if task not in p.solved]
+        p.recent = (p.recent + [mean(e.success for e in plain)])[-3:]
+        if cfg.variant != "gigpo" and p.phase < 2:
+            p.wins = (p.wins + [dict(task=e.task.id, goal=e.task.goal, steps=[[s.action, s.observation] for s in e.steps])
+                                for e in shortest.values()])[-cfg.mine_wins:]
 
     def count_failures(self, failures: list[str], n_groups: int) -> None:
         p = self.progress
@@ -768,6 +788,17 @@ class Run:
                        env_steps=self.progress.env_steps)
         add_result(self.folder, result)
         tqdm.write(result_line(result))
+
+
+def group_stats(groups: list[list[Episode]]) -> dict[str, Any]:
+    """Success, length and validity of an iteration's rollouts."""
+    episodes = [e for group in groups for e in group]
+    plain, guided = [[e for e in episodes if (e.skill is None) == without] for without in (True, False)]
+    steps = [s for e in episodes for s in e.steps]
+    return dict(groups=len(groups), success_plain=mean(e.success for e in plain), n_plain=len(plain),
+                success_skill=mean(e.success for e in guided), n_skill=len(guided),
+                mean_steps=len(steps) / max(len(episodes), 1), invalid_rate=mean(not s.valid for s in steps),
+                zero_signal_groups=sum(all(s.advantage == 0 for e in g for s in e.steps) for g in groups))
 
 
 # ---- 6. Evaluation ---------------------------------------------------------------------------------------------
@@ -990,6 +1021,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, 
     """Flags from Config's fields. Returns the actions (resume, eval, ...) and the settings that were given."""
     parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False, argument_default=argparse.SUPPRESS)
     actions = parser.add_argument_group("actions (without one: train)")
+    actions.add_argument("--check", action="store_true", default=False, help="can this machine install the requirements?")
     actions.add_argument("--resume", metavar="RUN", default=None, help="go on with a run where it stopped")
     actions.add_argument("--eval", metavar="RUN", default=None, help="play the panel with a run's last checkpoint")
     actions.add_argument("--with-skills", action="store_true", default=False, help="with --eval: use the bank (ablation)")
@@ -1001,7 +1033,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, 
         else:
             group.add_argument(f"--{flag(f.name)}", type=kinds[f.type], metavar=f.type, help=f"default {f.default!r}")
     given = vars(parser.parse_args(argv))
-    chosen = argparse.Namespace(**{k: given.pop(k) for k in ("resume", "eval", "with_skills")})
+    chosen = argparse.Namespace(**{k: given.pop(k) for k in ("check", "resume", "eval", "with_skills")})
     return chosen, given
 
 
@@ -1042,6 +1074,8 @@ def prepare_folder(cfg: Config) -> Path:
 def main(argv: Sequence[str] | None = None) -> int:
     try:
         chosen, given = parse_arguments(sys.argv[1:] if argv is None else argv)
+        if chosen.check:
+            return preflight()
         if chosen.with_skills and not chosen.eval:
             raise UserError("--with-skills: only together with --eval RUN")
         if chosen.eval and chosen.resume:

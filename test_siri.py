@@ -1,0 +1,1997 @@
+"""Tests of SIRI, in the order of the modules: gigpo, distill, skills, envs, siri, and what the documentation promises.
+
+    python -m pytest -q test_siri.py                  on a CPU, offline, in a few minutes
+    SIRI_SLOW=1 python -m pytest -q test_siri.py      also speed, memory, and more games beside stock TextWorld
+
+With $SIRI_ALFWORLD_SAMPLE or $ALFWORLD_DATA set to a folder that holds json_2.1.1, official games are played too.
+"""
+
+import ast
+import csv
+import dataclasses
+import doctest
+import importlib.util
+import json
+import math
+import os
+import random
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import distill
+import envs
+import gigpo
+import siri
+import skills
+from skills import Skill, SkillBank, SkillRejected
+
+HERE = Path(__file__).resolve().parent
+TINY = "/tmp/w/tiny1"                                                  # the policy that comes with the program
+torch.set_num_threads(1)                                                # as in the runs from the command line below
+slow = pytest.mark.skipif(not os.environ.get("SIRI_SLOW"), reason="slow: set SIRI_SLOW=1 to run it")
+
+
+# ---- 1. gigpo: advantages (G1-G6) ------------------------------------------------------------------------------------
+
+REWARDS = st.lists(st.lists(st.integers(-3, 10), min_size=1, max_size=5), min_size=1, max_size=6)
+
+
+def steps_like(rewards, fill):
+    return [[fill] * len(row) for row in rewards]
+
+
+def state_keys(rewards):
+    """A few states that recur within and across rollouts."""
+    return [[f"room {(3 * i + t * t) % 4}" for t in range(len(row))] for i, row in enumerate(rewards)]
+
+
+def test_g1_episode_return_is_the_undiscounted_sum():
+    assert gigpo.episode_returns([[0, 1, 10], [2.5]]).tolist() == [11.0, 2.5]
+
+
+# Returns 10, 0, 0, 2. Over trajectories: mean 3, squared deviations 49 + 9 + 9 + 1 = 68, unbiased variance 68 / 3.
+# Over step rows with lengths 2, 1, 4, 1: mean 22 / 8 = 2.75, sum of squares 204 - 8 * 2.75^2 = 143.5, variance 20.5.
+@pytest.mark.parametrize(
+    "baseline, mean, variance, norm",
+    [
+        ("trajectory", 3.0, 68 / 3, "std"),
+        ("trajectory", 3.0, 1.0, "mean"),
+        ("steps", 2.75, 20.5, "std"),
+        ("steps", 2.75, 1.0, "mean"),
+    ],
+)
+def test_g2_matches_hand_computed_values(baseline, mean, variance, norm):
+    returns = np.array([10.0, 0.0, 0.0, 2.0])
+    got = gigpo.episode_advantages(returns, [2, 1, 4, 1], norm=norm, baseline=baseline)
+    assert got == pytest.approx((returns - mean) / math.sqrt(variance))
+
+
+def test_g2_baselines_agree_when_lengths_do_except_for_the_unbiased_std():
+    returns, lengths = np.array([10.0, 0.0, 0.0, 2.0]), [3, 3, 3, 3]
+    trajectory, steps = (
+        {norm: gigpo.episode_advantages(returns, lengths, norm=norm, baseline=b) for norm in ("mean", "std")}
+        for b in ("trajectory", "steps")
+    )
+    assert trajectory["mean"] == pytest.approx(steps["mean"])
+    # 3 * 68 / (12 - 1) against 68 / 3
+    assert steps["std"] / trajectory["std"] == pytest.approx(math.sqrt((68 / 3) / (3 * 68 / 11)))
+
+
+@pytest.mark.parametrize("norm", ["std", "mean"])
+@pytest.mark.parametrize("baseline", ["trajectory", "steps"])
+def test_g2_a_group_of_one_and_float_noise_get_exactly_zero(norm, baseline):
+    for returns in ([7.0], [0.1 + 0.2, 0.3, 0.3], [1.0, 1.0 + 1e-5, 1.0]):
+        got = gigpo.episode_advantages(np.array(returns), [3] * len(returns), norm=norm, baseline=baseline)
+        assert got.tolist() == [0.0] * len(returns)
+
+
+def test_g2_a_spread_just_above_the_threshold_counts_in_full():
+    assert np.abs(gigpo.normalise(np.array([0.0, 2e-4]), "std")) == pytest.approx([math.sqrt(0.5)] * 2)
+
+
+@pytest.mark.parametrize(
+    "call, field",
+    [
+        (lambda: gigpo.normalise(np.zeros(2), "max"), "norm"),
+        (lambda: gigpo.episode_advantages(np.zeros(2), [1, 1], baseline="rows"), "baseline"),
+        (lambda: gigpo.episode_advantages(np.zeros(2), [1, 0]), "lengths"),
+        (lambda: gigpo.episode_advantages(np.zeros(2), [1]), "lengths"),
+        (lambda: gigpo.anchor_groups([["a"]], similarity=1.0), "similarity"),
+        (lambda: gigpo.group_advantages([[0, 0]], [["a"]], [[True]]), "same number"),
+        (lambda: gigpo.group_advantages([[0]], [["a"]], [[True]], penalty_inside=True), "baseline='steps'"),
+        (lambda: gigpo.clipped_surrogate(*torch.zeros(3, 1), dual_clip=1.0), "dual_clip"),
+        (lambda: gigpo.token_logprobs(torch.zeros(1, 2), torch.nn.Linear(2, 5), torch.zeros(1).long(), budget_bytes=19),
+         "budget_bytes"),
+        (lambda: distill.advantage_weights(torch.zeros(1), 0.0), "a_max"),
+        (lambda: distill.lambda_schedule(-1, 1.0, 5), "k=-1"),
+        (lambda: distill.lambda_schedule(1, 1.0, -5), "k_warm=-5"),
+    ],
+)
+def test_wrong_arguments_name_the_field(call, field):
+    with pytest.raises(ValueError, match=field):
+        call()
+
+
+def test_g3_equal_states_share_a_label_across_rollouts_and_time():
+    a, b = gigpo.anchor_groups([["hall", "desk", "hall"], ["shelf", "hall"]])
+    assert a[0] == a[2] == b[1]
+    assert len({int(a[0]), int(a[1]), int(b[0])}) == 3
+
+
+def test_g3_similarity_joins_near_copies_of_the_first_member_only():
+    # 10 characters: one substitution gives ratio .9, two give .8; a chain of near copies doesn't drift away.
+    keys = [["aaaaaaaaaa", "aaaaaaaaab"], ["aaaaaaaabb", "zzzzzzzzzz"]]
+    labels = [row.tolist() for row in gigpo.anchor_groups(keys, similarity=0.9)]
+    assert labels == [[0, 0], [1, 2]]
+    assert len(set(np.concatenate(gigpo.anchor_groups(keys)))) == 4
+
+
+def test_g3_similarity_sees_through_one_inserted_word_in_a_long_text():
+    # With difflib's autojunk the ratio of these two is 0, since every character of them is frequent.
+    text = "you see a cabinet, a desk and a drawer. " * 8
+    a, b = gigpo.anchor_groups([[text], ["Now " + text]], similarity=0.95)
+    assert a[0] == b[0]
+
+
+def test_g4_discounts_towards_the_start_of_unequal_rollouts():
+    long, short = gigpo.step_returns([[1, 0, 8], [4]], gamma=0.5)
+    assert long.tolist() == [1 + 0.25 * 8, 0.5 * 8, 8.0]
+    assert short.tolist() == [4.0]
+
+
+def test_g5_normalises_each_step_group_by_itself():
+    returns = [np.array([6.0, 5.0, 0.0]), np.array([0.0, 9.0])]
+    groups = [np.array([0, 1, 0]), np.array([0, 2])]  # state 0: 6, 0, 0; states 1 and 2: alone
+    first, second = gigpo.step_advantages(returns, groups, norm="mean")
+    assert first.tolist() == [4.0, 0.0, -2.0] and second.tolist() == [-2.0, 0.0]
+    first, second = gigpo.step_advantages(returns, groups, norm="std")
+    assert first == pytest.approx([4 / math.sqrt(12), 0, -2 / math.sqrt(12)])  # variance (16 + 4 + 4) / 2
+
+
+def test_g6_adds_the_episode_and_step_terms_and_the_penalty():
+    rewards, keys = [[0, 10], [0]], [["hall", "desk"], ["hall"]]
+    got = gigpo.group_advantages(
+        rewards, keys, [[True, True], [False]], gamma=0.5, omega=2.0, norm="mean", invalid_penalty=0.25
+    )
+    # A^E = +-5; state "hall" holds D = 5 and 0, so A^S = +-2.5; "desk" is alone.
+    assert [a.tolist() for a in got] == [[5 + 2 * 2.5, 5.0], [-5 - 2 * 2.5 - 0.25]]
+
+
+def test_g6_penalty_inside_blows_up_in_a_lost_group_and_outside_does_not():
+    rewards = [[0.0] * 10] * 8  # N = 80 steps, all lost
+    keys = [[f"state {i} {t}" for t in range(10)] for i in range(8)]  # no state seen twice: only A^E remains
+    valid = np.ones((8, 10), dtype=bool)
+    valid[2, 3] = False
+    outside, inside = (
+        np.array(gigpo.group_advantages(rewards, keys, valid, baseline="steps", penalty_inside=form))
+        for form in (False, True)
+    )
+    assert outside[2, 3] == -0.1 and np.count_nonzero(outside) == 1
+    # One score -c among N: mean -c / N, unbiased std c / sqrt(N), hence -(N - 1) / sqrt(N) whatever c is.
+    assert inside[2, 3] == pytest.approx(-79 / math.sqrt(80))
+    assert inside[0, 0] == pytest.approx(1 / math.sqrt(80))
+
+
+def test_g6_penalty_inside_charges_only_the_invalid_step():
+    inside = gigpo.group_advantages(
+        [[0, 10], [0, 0]], [["hall", "desk"], ["hall", "desk"]], [[True, False], [True, True]],
+        gamma=0.5, norm="mean", baseline="steps", invalid_penalty=1.0, penalty_inside=True,
+    )
+    # Rows score 10, 10 - 1, 0, 0: mean 4.75. "desk" holds D = 10 - 1 and 0; "hall" 5 and 0, as the charge stays put.
+    assert inside[0] == pytest.approx([10 - 4.75 + 2.5, 9 - 4.75 + 4.5])
+    assert inside[1] == pytest.approx([-4.75 - 2.5, -4.75 - 4.5])
+
+
+@settings(max_examples=40, deadline=None)
+@given(REWARDS, st.randoms(use_true_random=False), st.sampled_from(["std", "mean"]), st.booleans())
+def test_advantages_follow_a_permutation_of_the_rollouts(rewards, random, norm, inside):
+    keys, valid = state_keys(rewards), [[r % 2 == 0 for r in row] for row in rewards]
+    order = random.sample(range(len(rewards)), len(rewards))
+
+    def advantages(rows):
+        picked = ([x[i] for i in rows] for x in (rewards, keys, valid))
+        return gigpo.group_advantages(*picked, norm=norm, baseline="steps", penalty_inside=inside)
+
+    plain = advantages(range(len(rewards)))
+    for i, permuted in zip(order, advantages(order)):
+        assert permuted == pytest.approx(plain[i], abs=1e-9)
+
+
+@settings(max_examples=40, deadline=None)
+@given(REWARDS, st.floats(-50, 50), st.floats(0.5, 20), st.sampled_from(["trajectory", "steps"]))
+def test_g2_ignores_shift_and_scale_of_the_returns_and_centres_them(rewards, shift, scale, baseline):
+    returns, lengths = gigpo.episode_returns(rewards), [len(row) for row in rewards]
+    mean, std = (gigpo.episode_advantages(returns, lengths, norm=n, baseline=baseline) for n in ("mean", "std"))
+    weight = np.ones(len(lengths)) if baseline == "trajectory" else np.array(lengths)
+    assert weight @ mean == pytest.approx(0, abs=1e-9) and weight @ std == pytest.approx(0, abs=1e-9)
+    moved = gigpo.episode_advantages(scale * returns + shift, lengths, norm="std", baseline=baseline)
+    assert moved == pytest.approx(std, abs=1e-9)
+    moved = gigpo.episode_advantages(returns + shift, lengths, norm="mean", baseline=baseline)
+    assert moved == pytest.approx(mean, abs=1e-9)
+
+
+@settings(max_examples=40, deadline=None)
+@given(REWARDS)
+def test_g5_centres_every_step_group(rewards):
+    groups = gigpo.anchor_groups(state_keys(rewards))
+    label = np.concatenate(groups)
+    flat = np.concatenate(gigpo.step_advantages(gigpo.step_returns(rewards, 0.95), groups, norm="mean"))
+    for group in set(label):
+        assert flat[label == group].sum() == pytest.approx(0, abs=1e-9)
+
+
+# ---- 2. gigpo: log-probabilities and losses (G7-G8) ------------------------------------------------------------------
+
+
+def logits_problem(n=13, width=6, vocab=11):
+    torch.manual_seed(0)
+    head = torch.nn.Linear(width, vocab)
+    return torch.randn(n, width, requires_grad=True), head, torch.randint(vocab - 2, (n,)), torch.randn(n)
+
+
+@pytest.mark.parametrize("rows_per_chunk", [1, 4, 13, 1000])
+@pytest.mark.parametrize("vocab", [None, 9])
+def test_token_logprobs_equal_the_full_softmax_in_value_entropy_and_gradient(rows_per_chunk, vocab):
+    hidden, head, targets, direction = logits_problem()
+    seen = []
+
+    def spy(h):
+        seen.append(4 * head(h).numel())
+        return head(h)
+
+    budget = rows_per_chunk * 4 * 11
+    logp, entropy = gigpo.token_logprobs(hidden, spy, targets, temperature=0.7, vocab=vocab, budget_bytes=budget)
+    got = torch.autograd.grad((logp * direction).sum(), [hidden, *head.parameters()])
+    assert max(seen) <= budget and not entropy.requires_grad
+
+    logits = head(hidden) / 0.7
+    if vocab is not None:
+        logits = logits.masked_fill(torch.arange(11) >= vocab, -torch.inf)
+    full = torch.distributions.Categorical(logits=logits)
+    expected = torch.autograd.grad((full.log_prob(targets) * direction).sum(), [hidden, *head.parameters()])
+    torch.testing.assert_close(logp, full.log_prob(targets))
+    torch.testing.assert_close(entropy, full.entropy())
+    for a, b in zip(got, expected):
+        torch.testing.assert_close(a, b)
+
+
+def test_token_logprobs_without_grad_keep_no_graph_and_allow_no_tokens():
+    hidden, head, targets, _ = logits_problem()
+    with torch.no_grad():
+        logp, _ = gigpo.token_logprobs(hidden, head, targets, budget_bytes=100)
+    assert not logp.requires_grad and logp.shape == (13,)
+    logp, entropy = gigpo.token_logprobs(hidden[:0], head, targets[:0])
+    assert logp.shape == entropy.shape == (0,)
+
+
+def test_token_logprobs_are_fp32_for_a_half_precision_head():
+    hidden, head, targets, _ = logits_problem()
+    logp, _ = gigpo.token_logprobs(hidden.bfloat16(), head.bfloat16(), targets)
+    assert logp.dtype == torch.float32
+
+
+# The whole sign table of G7 at eps = .2: where min() picks the clipped branch the gradient is zero, elsewhere it is
+# d(-rho A) / d logp = -rho A. A positive advantage stops paying above 1.2, a negative one below .8, and only there.
+@pytest.mark.parametrize(
+    "rho, advantage, dual_clip, loss, gradient",
+    [
+        (0.5, 2.0, None, -1.0, -1.0),
+        (1.1, 2.0, None, -2.2, -2.2),
+        (1.5, 2.0, None, -2.4, 0.0),
+        (0.5, -2.0, None, 1.6, 0.0),
+        (0.9, -2.0, None, 1.8, 1.8),
+        (1.5, -2.0, None, 3.0, 3.0),
+        (5.0, -2.0, None, 10.0, 10.0),
+        (5.0, -2.0, 3.0, 6.0, 0.0),
+        (1.5, -2.0, 3.0, 3.0, 3.0),
+        (0.5, -2.0, 3.0, 1.6, 0.0),
+        (5.0, 2.0, 3.0, -2.4, 0.0),
+    ],
+)
+def test_g7_sign_table(rho, advantage, dual_clip, loss, gradient):
+    logp = torch.tensor([-1.0 + math.log(rho)], dtype=torch.double, requires_grad=True)
+    old, a = torch.full((1,), -1.0, dtype=torch.double), torch.tensor([advantage], dtype=torch.double)
+    got = gigpo.clipped_surrogate(logp, old, a, dual_clip=dual_clip)
+    got.sum().backward()
+    assert got.item() == pytest.approx(loss) and logp.grad.item() == pytest.approx(gradient)
+
+
+def test_g7_is_the_policy_gradient_on_policy():
+    logp = torch.tensor([-3.0, -0.1, -1.0], requires_grad=True)
+    advantage = torch.tensor([1.5, -0.5, 0.0])
+    gigpo.clipped_surrogate(logp, logp.detach(), advantage, dual_clip=3.0).sum().backward()
+    torch.testing.assert_close(logp.grad, -advantage)
+
+
+def test_g8_value_gradient_and_sign_follow_the_definition():
+    reference = torch.linspace(-6, 0, 25, dtype=torch.double)
+    logp = torch.linspace(0, -5, 25, dtype=torch.double).requires_grad_()
+    d = reference - logp
+    got, defined = gigpo.kl_k3(logp, reference), d.exp() - d - 1
+    torch.testing.assert_close(got, defined)
+    ours, theirs = (torch.autograd.grad(x.sum(), logp, retain_graph=True)[0] for x in (got, defined))
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(ours, 1 - d.exp())  # pulls logp towards the reference from either side
+    assert (got >= 0).all() and gigpo.kl_k3(reference, reference).abs().max() == 0
+
+
+def test_g8_expectation_under_the_policy_is_the_kl_divergence():
+    torch.manual_seed(1)
+    logp, reference = torch.randn(2, 7, dtype=torch.double).log_softmax(-1)
+    expectation = (logp.exp() * gigpo.kl_k3(logp, reference)).sum()
+    torch.testing.assert_close(expectation, (logp.exp() * (logp - reference)).sum())
+
+
+@pytest.mark.parametrize("split", [[5], [1, 4], [2, 2, 1], [1, 1, 1, 1, 1]])
+def test_the_gradient_of_a_step_does_not_depend_on_its_micro_batches(split):
+    torch.manual_seed(2)
+    body, head = torch.nn.Embedding(9, 4), torch.nn.Linear(4, 9)
+    parameters = [*body.parameters(), *head.parameters()]
+    rows = [torch.randint(9, (n,)) for n in (2, 9, 3, 5, 1)]  # responses of very unequal length
+    gate = [row % 2 == 0 for row in rows]
+    advantage = [1.0, -0.5, 2.0, 0.3, -1.0]
+    with torch.no_grad():
+        reference = [gigpo.token_logprobs(body(row), head, row.flip(0))[0] - 0.1 for row in rows]
+    tokens, gated = sum(len(row) for row in rows), sum(int(g.sum()) for g in gate)
+
+    def gradient(split):
+        total = [torch.zeros_like(p) for p in parameters]
+        for part in torch.arange(5).split(split):
+            ids, old, inside = (torch.cat([x[i] for i in part]) for x in (rows, reference, gate))
+            targets = torch.cat([rows[i].flip(0) for i in part])
+            a = torch.cat([torch.full((len(rows[i]),), advantage[i]) for i in part])
+            logp, _ = gigpo.token_logprobs(body(ids), head, targets, budget_bytes=4 * 9 * 4)
+            policy = (gigpo.clipped_surrogate(logp, old, a) + 0.01 * gigpo.kl_k3(logp, old)).sum()
+            distilled, _ = distill.internalization_loss(logp, distill.advantage_weights(a, 2.0), inside)
+            loss = policy / tokens + 0.5 * distilled / gated
+            total = [t + g for t, g in zip(total, torch.autograd.grad(loss, parameters))]
+        return total
+
+    for got, whole in zip(gradient(split), gradient([5])):
+        assert whole.abs().max() > 1e-3
+        torch.testing.assert_close(got, whole)
+
+
+# ---- 3. distill: internalization (S7-S10) ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "pieces, inside",
+    [
+        (["<think>", "x", "</think>", "<action>", "go", " east", "</action>"], "go| east"),  # tags are single tokens
+        (["<", "act", "ion", ">", "go", " east", "</", "action", ">", "<eos>"], "go| east"),  # tags are split
+        (["<action", ">go", " east<", "/action>"], ">go| east<"),  # tokens straddle the borders
+        (["<action>go</action>"], "<action>go</action>"),  # one token holds it all
+        (["<action>", "a", "</action>", "<action>", "b", "</action>"], "a"),  # only the first pair
+        (["</action>", "<action>", "a", "\n", "", "b", "</action>"], "a|\n|b"),  # stray end tag, empty piece, newline
+        (["<action>", "go", " east"], None),  # never closed
+        (["go", "</action>"], None),  # never opened
+        (["<action>", "</action>"], None),  # nothing inside
+        ([], None),
+    ],
+)
+def test_action_mask_marks_exactly_the_tokens_of_the_action(pieces, inside):
+    mask = distill.action_mask(pieces)
+    assert len(mask) == len(pieces)
+    assert "|".join(p for p, m in zip(pieces, mask) if m) == (inside or "")
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.text("<action>/ go", max_size=12), st.text("go 1/", min_size=1, max_size=8), st.data())
+def test_action_mask_agrees_with_characters_however_the_text_is_cut(before, action, data):
+    text = f"{before}<action>{action}</action> end"
+    cuts = sorted(data.draw(st.sets(st.integers(1, len(text) - 1), max_size=8)))
+    pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)])]
+    by_character = distill.action_mask(list(text))
+    expected, at = [], 0
+    for piece in pieces:
+        expected.append(any(by_character[at : at + len(piece)]))
+        at += len(piece)
+    assert distill.action_mask(pieces) == expected
+    start = text.index("<action>") + len("<action>")
+    assert "".join(c for c, m in zip(text, by_character) if m) == text[start : text.index("</action>", start)]
+
+
+@pytest.mark.parametrize("require_pair_gain, gated", [(True, True), (False, True), (True, False), (False, False)])
+def test_s7_truth_table(require_pair_gain, gated):
+    cases = [(s, u, d) for s in (True, False) for u in (0.1, 0.0, -0.1) for d in (0.5, 0.0, -0.5)]
+    skill, utility, delta = (torch.tensor(x) for x in zip(*cases))
+    is_action = torch.tensor([[False, True, True, False]]).expand(len(cases), -1)
+    gate = distill.action_gate(is_action, skill, utility, delta, require_pair_gain=require_pair_gain, gated=gated)
+    for (s, u, d), row in zip(cases, gate.tolist()):
+        opened = s and (not gated or (u > 0 and (not require_pair_gain or d > 0)))
+        assert row == ([False, True, True, False] if opened else [False] * 4)
+
+
+def test_s7_response_tokens_replace_action_tokens_and_need_their_mask():
+    is_action = torch.tensor([[False, True, False], [False, True, False]])
+    response = torch.tensor([[True, True, False], [True, True, True]])
+    row = torch.tensor([True, False]), torch.tensor([0.2, 0.2]), torch.tensor([0.5, 0.5])
+    gate = distill.action_gate(is_action, *row, response_mask=response, tokens="response")
+    assert gate.tolist() == [[True, True, False], [False, False, False]]
+    with pytest.raises(ValueError, match="response_mask"):
+        distill.action_gate(is_action, *row, tokens="response")
+    with pytest.raises(ValueError, match="tokens"):
+        distill.action_gate(is_action, *row, tokens="thought")
+
+
+def test_s8_weights_clip_to_the_unit_interval():
+    advantage = torch.tensor([-1.0, 0.0, 0.5, 2.0, 7.0])
+    assert distill.advantage_weights(advantage, 2.0).tolist() == [0.0, 0.0, 0.25, 1.0, 1.0]
+    assert distill.advantage_weights(advantage, 2.0, uniform=True).tolist() == [1.0] * 5
+
+
+def test_s9_matches_its_closed_form_and_only_gated_tokens_get_a_gradient():
+    logits = torch.randn(2, 3, 5, dtype=torch.double, generator=torch.Generator().manual_seed(3)).requires_grad_()
+    targets = torch.tensor([[0, 1, 2], [3, 4, 0]])
+    weight = torch.tensor([[0.25], [1.0]], dtype=torch.double)  # (B, 1): one advantage per step
+    gate = torch.tensor([[True, False, True], [False, True, False]])
+    logp = logits.log_softmax(-1).gather(-1, targets[..., None]).squeeze(-1)
+    total, count = distill.internalization_loss(logp, weight, gate)
+    assert count == 3
+    assert total.item() == pytest.approx(-(0.25 * (logp[0, 0] + logp[0, 2]) + logp[1, 1]).item())
+    (gradient,) = torch.autograd.grad(total / count, logits)
+    # Weighted maximum likelihood: w * (softmax - one-hot) / sum gate on gated tokens, exactly zero elsewhere.
+    onehot = torch.nn.functional.one_hot(targets, 5)
+    expected = (weight * gate)[..., None] * (logits.softmax(-1) - onehot) / 3
+    torch.testing.assert_close(gradient, expected.detach())
+    assert (gradient[~gate] == 0).all()
+
+
+def test_s9_ignores_impossible_tokens_outside_the_gate_and_allows_an_empty_gate():
+    logp = torch.tensor([-torch.inf, -1.0], requires_grad=True)
+    total, count = distill.internalization_loss(logp, torch.zeros(2), torch.tensor([False, True]))
+    assert total == 0 and count == 1
+    total, count = distill.internalization_loss(logp, torch.ones(2), torch.zeros(2, dtype=torch.bool))
+    assert total == 0 and count == 0 and total.requires_grad
+
+
+def test_s10_rises_linearly_and_stays():
+    assert [distill.lambda_schedule(k, 0.4, 4) for k in (0, 1, 2, 4, 9)] == pytest.approx([0, 0.1, 0.2, 0.4, 0.4])
+    assert distill.lambda_schedule(0, 0.4, 0) == 0.4
+
+
+# ---- 4. skills: mining (S1) ------------------------------------------------------------------------------------------
+
+def bank_with(*conditions, **constants):
+    bank = SkillBank(**constants)
+    for index, condition in enumerate(conditions):
+        bank.add(condition, f"plan {index}", born=0, source="game")
+    return bank
+
+
+def record_all(bank, skill, deltas):
+    return [bank.record(skill, delta, iteration) for iteration, delta in enumerate(deltas)]
+
+
+STEPS = [("go to fridge 1", "The fridge 1 is closed."), ("open fridge 1", "You see a apple 2. " + "x" * 900)]
+
+
+def test_full_mining_prompt_shows_task_actions_and_clipped_observations():
+    prompt = skills.mining_prompt("put a cool apple in sinkbasin.", STEPS, max_words=17)
+    assert "put a cool apple in sinkbasin." in prompt and "At most 17 words" in prompt
+    assert "> go to fridge 1\nThe fridge 1 is closed.\n> open fridge 1\nYou see a apple 2. ...\n" in prompt
+
+
+def test_compact_mining_prompt_is_exactly_task_and_actions():
+    assert (skills.mining_prompt("cool apple", STEPS, "compact")
+            == "task: cool apple\nactions: go to fridge 1 ; open fridge 1\nwrite a skill")
+
+
+@pytest.mark.parametrize("steps, style, culprit", [([], "full", "steps"), (STEPS, "brief", "style is 'brief'")])
+def test_mining_prompt_refuses(steps, style, culprit):
+    with pytest.raises(ValueError, match=culprit):
+        skills.mining_prompt("goal", steps, style)
+
+
+@pytest.mark.parametrize("body, condition, strategy", [
+    ("when it is hot -> open a window", "it is hot", "open a window"),
+    ("  WHEN it\n is\thot --> Do open a window ", "it is hot", "open a window"),
+    ("it is hot -> do not open it", "it is hot", "do not open it"),
+    ("whenever hot->dough rises", "whenever hot", "dough rises"),
+])
+def test_parse_skill_accepts(body, condition, strategy):
+    response = f"<think>when a -> b, price < 3</think> <SKILL>{body}</Skill> done"
+    assert skills.parse_skill(response) == (condition, strategy)
+
+
+@pytest.mark.parametrize("response, reason", [
+    ("", "unparsable"),
+    ("when it is hot -> open a window", "unparsable"),
+    ("<skill>when it is hot -> open a window", "unparsable"),
+    ("<skill>a -> b</skill><skill>c -> d</skill>", "unparsable"),
+    ("<skill>when it is hot, open a window</skill>", "unparsable"),
+    ("<skill>hot -> open -> close</skill>", "unparsable"),
+    ("<skill>when -> do</skill>", "empty"),
+    ("<skill>when it is hot -> ...</skill>", "empty"),
+    ("<skill>when CONDITION -> STRATEGY</skill>", "empty"),
+    ("<skill>needs apple -> take apple 2</skill>", "instance_specific"),
+    ("<skill>needs apple -> take apple２</skill>", "instance_specific"),
+    ("<skill>hot -> open<|im_end|></skill>", "control_token"),
+    ("<skill>hot -> <action>open</action></skill>", "control_token"),
+    ("<skill><skill>hot -> open</skill>", "control_token"),
+    ("<skill>hot -> open\u202eit</skill>", "control_token"),
+    ("<skill>hot -> open\x07</skill>", "control_token"),
+    ("<skill>a " + "b " * 20 + "-> " + "c " * 20 + "</skill>", "too_long"),
+    ("<skill>a -> " + "b" * 400 + "</skill>", "too_long"),
+])
+def test_parse_skill_rejects(response, reason):
+    with pytest.raises(SkillRejected) as caught:
+        skills.parse_skill(response)
+    assert caught.value.reason == reason
+
+
+def test_forty_words_are_accepted():
+    assert skills.parse_skill("<skill>" + "a " * 20 + "-> " + "b " * 20 + "</skill>")
+
+
+def test_the_prompts_own_form_and_example_are_not_skills():
+    prompt = skills.mining_prompt("goal", STEPS)
+    shown = [line for line in prompt.splitlines() if line.startswith("<skill>")]
+    assert len(shown) == 2
+    for line in shown:
+        with pytest.raises(SkillRejected, match="empty"):
+            skills.parse_skill(line)
+
+
+PIECES = st.sampled_from(
+    "<skill> </skill> when do not -> --> <- <| |> <think> 2 ２ ² apple Fridge ß \n \t \0 \u200b - ' .".split(" "))
+NOISE = st.one_of(st.text(max_size=60), st.lists(PIECES, max_size=12).map(" ".join), st.lists(PIECES).map("".join))
+
+
+@settings(max_examples=300, deadline=None)
+@given(NOISE | st.tuples(NOISE, NOISE).map(lambda halves: "<skill>%s->%s</skill>" % halves))
+def test_parse_skill_on_any_text(response):
+    try:
+        condition, strategy = skills.parse_skill(response, max_words=12)
+    except SkillRejected as rejection:
+        assert rejection.reason in skills.REASONS
+        return
+    both = f"{condition} {strategy}"
+    assert not any(c in "<>\n\r" or c.isdigit() or not c.isprintable() for c in both)
+    assert len(both.split()) <= 12
+    text = Skill(0, condition, strategy, 0, "game").text
+    assert skills.parse_skill(f"<skill>{text}</skill>", max_words=12) == (condition, strategy)
+
+
+# ---- 5. skills: retrieval (S3) ---------------------------------------------------------------------------------------
+
+def test_matching_is_by_words_not_substrings():
+    assert skills.tfidf_cosine("Take that hat in spring", ["ring", "that", "hats", "HAT!"]).astype(bool).tolist() == [
+        False, False, False, True]
+    assert bank_with("ring").retrieve("examine spring") is None
+
+
+def test_stop_words_and_numbers_do_not_match():
+    assert skills.tfidf_cosine("put 2 apple in the fridge", ["when the task is in 2", "", "...", "drawer 2"]).sum() == 0
+
+
+def test_tfidf_by_hand():
+    # D = 2, df(apple) = 1, df(fridge) = 2, df(pen) = 0: idf = 1 + ln(3/2), 1, 1 + ln 3
+    apple, fridge, pen = 1 + math.log(1.5), 1.0, 1 + math.log(3)
+    query = math.sqrt((2 * apple) ** 2 + fridge ** 2 + pen ** 2)
+    expected = [(2 * apple * apple + fridge) / (query * math.hypot(apple, fridge)), fridge / query]
+    np.testing.assert_allclose(skills.tfidf_cosine("apple apple fridge pen", ["fridge apple", "fridge"]), expected)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.text("abc ", max_size=20), min_size=1, max_size=5))
+def test_cosine_lies_in_0_1_and_is_1_for_itself(documents):
+    cosine = skills.tfidf_cosine(documents[0], documents)
+    assert cosine.shape == (len(documents),) and (cosine >= 0).all() and (cosine <= 1).all()
+    assert cosine[0] == pytest.approx(1.0 if skills.words(documents[0]) else 0.0)
+
+
+def test_retrieve_takes_the_matching_skill_or_none():
+    bank = bank_with("the task needs apple", "you examine things with a desklamp", "machine wash women's jumpsuits")
+    shop = "find me slim fit, machine wash women's jumpsuits, in color red, price lower than 50.00 dollars"
+    assert bank.retrieve("put a clean apple in fridge.").id == 0
+    assert bank.retrieve("examine the pen with the desklamp.").id == 1
+    assert bank.retrieve(shop).id == 2
+    assert bank.retrieve("heat some egg") is None and SkillBank().retrieve("apple") is None
+
+
+def test_confidence_bound_tries_the_untried_then_weighs_it_by_hand():
+    bank = bank_with("apple", "apple")
+    known, rival = bank.skills
+    assert bank.retrieve("apple") is known                      # both untried and equal: the older
+    record_all(bank, known, [0.25] * 12)
+    assert bank.retrieve("apple") is rival
+    record_all(bank, rival, [-0.25] * 8)
+    # N = 20.  known: .25 * 12/17 + c sqrt(ln 21 / 13);  rival: -.25 * 8/13 + c sqrt(ln 21 / 9);  equal at c = 3.381
+    for bank.ucb_c, chosen in ((0.0, known), (3.37, known), (3.39, rival)):
+        assert bank.retrieve("apple") is chosen
+
+
+def test_only_the_top_k_by_similarity_compete():
+    bank = bank_with("apple", "apple fridge", top_k=1)
+    record_all(bank, bank.skills[1], [-1.0] * 3)
+    assert bank.retrieve("apple fridge").id == 1    # the untried one matches less and is not among the top 1
+    bank.top_k = 2
+    assert bank.retrieve("apple fridge").id == 0
+
+
+def test_evaluation_uses_active_skills_by_similarity_then_utility():
+    bank = bank_with("apple", "apple", "apple fridge", "apple fridge")
+    for skill, delta in zip(bank.skills[:3], (0.25, 0.5, 0.25)):
+        record_all(bank, skill, [delta] * 20)
+    assert [skill.id for skill in bank.active] == [0, 1, 2]
+    assert bank.retrieve("apple fridge", explore=False).id == 2     # 3 is as similar but a candidate
+    assert bank.retrieve("apple", explore=False).id == 1            # 0 is as similar but less useful
+    assert bank.retrieve("fridge", explore=True).id == 3            # untried
+
+
+def test_shuffle_draws_live_skills_uniformly_whatever_the_task():
+    bank = bank_with("apple", "pen", "egg", n_eval=1, m_retire=1)
+    bank.record(bank.skills[1], -1.0, 0)
+    rng = np.random.default_rng(0)
+    drawn = [bank.retrieve("lamp", shuffle=rng).id for _ in range(400)]
+    assert set(drawn) == {0, 2} and abs(drawn.count(0) - 200) < 40   # four standard deviations
+    assert bank.retrieve("lamp", shuffle=rng, explore=False) is None
+
+
+# ---- 6. skills: effect and utility (S4, S5) --------------------------------------------------------------------------
+
+def test_paired_effect():
+    assert skills.paired_effect([1, 1, 1, 0], [1, 0, 0, 0]) == 0.5
+    assert skills.paired_effect([0, 0], [True]) == -1.0
+
+
+@pytest.mark.parametrize("skill, plain, culprit", [
+    ([], [1], "skill_outcomes is empty"), ([1], [], "plain_outcomes is empty"), ([1], [10, 0], "plain_outcomes is"),
+    ([math.nan], [0], "skill_outcomes is")])
+def test_paired_effect_refuses(skill, plain, culprit):
+    with pytest.raises(ValueError, match=culprit):
+        skills.paired_effect(skill, plain)
+
+
+def test_utility_and_stderr_by_hand():
+    skill = Skill(0, "a", "b", 0, "game")
+    assert (skill.mean, skill.utility(0.0), skill.utility(5.0), skill.stderr(5.0)) == (0, 0, 0, None)
+    skill.effects = [[1, 0.5]]
+    assert skill.utility(4.0) == pytest.approx(0.1) and skill.stderr(4.0) is None
+    skill.effects = [[1, 0.5], [1, 0.0], [2, 0.25], [4, 0.25]]       # mean .25, unbiased variance .125 / 3
+    assert skill.mean == 0.25 and skill.utility(0.0) == 0.25
+    assert skill.utility(4.0) == pytest.approx(4 / 8 * 0.25)
+    assert skill.stderr(4.0) == pytest.approx(4 / 8 * math.sqrt(0.125 / 3) / 2)
+
+
+# ---- 7. skills: the bank (S2, S6) ------------------------------------------------------------------------------------
+
+def test_promotion_waits_for_n_eval_and_the_threshold():
+    bank = bank_with("apple", kappa=0.0, n_eval=3, tau_up=0.25)
+    assert record_all(bank, bank.skills[0], [0.25, 0.25, 0.25, 0.5]) == ["candidate"] * 3 + ["active"]
+
+
+def test_low_streak_resets_and_only_m_retire_in_a_row_retire():
+    bank = bank_with("apple", kappa=0.0, n_eval=2, m_retire=2, tau_up=0.9)
+    skill = bank.skills[0]
+    streaks = []
+    for iteration, delta in enumerate([-1.0, 0.5, 0.75, -0.5, -0.5]):    # means -1, -.25, .083, -.0625, -.15
+        bank.record(skill, delta, iteration)
+        streaks.append(skill.low_streak)
+    assert streaks == [0, 1, 0, 1, 2] and skill.state == "retired"
+
+
+def test_promoted_then_retired_for_good():
+    bank = bank_with("apple", kappa=0.0, n_eval=1, m_retire=2)
+    states = record_all(bank, bank.skills[0], [0.5, -0.25, -0.25, -0.5, -0.5, 1.0, 1.0, 1.0])
+    # means .5, .125, 0, -.125, -.2: active between the thresholds; later effects are kept but change nothing
+    assert states == ["active"] * 4 + ["retired"] * 4
+    assert bank.skills[0].n == 8 and bank.skills[0].mean > 0 and bank.retrieve("apple") is None
+
+
+def test_duplicates_and_a_full_bank_are_rejected_and_counted_by_the_caller():
+    bank = bank_with("apple", "pen", n_eval=1, m_retire=1, max_size=2)
+    bank.record(bank.skills[0], -1.0, 0)                                  # retired: frees a place, still blocks
+    for condition, reason in [("APPLE", "duplicate"), ("egg", None), ("cup", "bank_full"), ("Egg", "duplicate")]:
+        if reason is None:
+            assert bank.add(condition, "plan 0", born=5, source="game").id == 2
+            continue
+        with pytest.raises(SkillRejected, match=reason):
+            bank.add(condition, "plan 0", born=5, source="game")
+        bank.reject(reason)
+    assert bank.rejected == {"duplicate": 2, "bank_full": 1}
+    assert bank.counts() == {"candidate": 2, "active": 0, "retired": 1}
+    with pytest.raises(ValueError, match="'boring'"):
+        bank.reject("boring")
+
+
+def test_record_refuses_another_scale_and_a_stranger():
+    bank = bank_with("apple")
+    for delta in (10.0, math.nan):
+        with pytest.raises(ValueError, match="skill 0: effect"):
+            bank.record(bank.skills[0], delta, 0)
+    with pytest.raises(ValueError, match="not an object of this bank"):
+        bank.record(SkillBank.from_json(bank.to_json()).skills[0], 0.5, 0)
+    assert bank.skills[0].effects == []
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 2), st.floats(-1, 1)), max_size=60), st.floats(0, 20))
+def test_json_round_trip_after_any_history(history, kappa):
+    bank = bank_with("apple", "pen", "é \"quoted\"", kappa=kappa, n_eval=2, m_retire=2)
+    bank.reject("empty")
+    for iteration, (index, delta) in enumerate(history):
+        bank.record(bank.skills[index], delta, iteration)
+    text = json.dumps(bank.to_json(), allow_nan=False)
+    again = SkillBank.from_json(json.loads(text))
+    assert again == bank and json.dumps(again.to_json()) == text
+
+
+def test_to_dict_shows_what_a_reader_needs():
+    bank = bank_with("apple", kappa=1.0)
+    record_all(bank, bank.skills[0], [0.0, 0.5])
+    assert bank.to_json()["skills"] == [{
+        "id": 0, "condition": "apple", "strategy": "plan 0", "state": "candidate", "born": 0, "source": "game",
+        "n": 2, "utility": pytest.approx(1 / 6), "stderr": pytest.approx(2 / 3 * 0.25),
+        "effects": [[0, 0.0], [1, 0.5]], "low_streak": 0}]
+
+
+@pytest.mark.parametrize("field, value", [
+    ("id", -1), ("id", 0), ("condition", " "), ("strategy", None), ("born", 1.5), ("source", 7), ("state", "dead"),
+    ("low_streak", True), ("effects", {}), ("effects", [[0, 2.0]]), ("effects", [[0, math.nan]]), ("effects", [[0]])])
+def test_from_json_names_the_malformed_skill_and_field(field, value):
+    data = bank_with("apple", "pen").to_json()
+    data["skills"][1][field] = value
+    with pytest.raises(ValueError, match=f"skill {data['skills'][1]['id']}: field '{field}'"):
+        SkillBank.from_json(data)
+    del data["skills"][1][field]
+    with pytest.raises(ValueError, match=f"field '{field}' is missing"):
+        SkillBank.from_json(data)
+
+
+@pytest.mark.parametrize("change, culprit", [
+    ({"kappa": -1}, "'kappa'"), ({"tau_up": math.nan}, "'tau_up'"), ({"tau_down": 0.5}, "'tau_down'"),
+    ({"n_eval": 0}, "'n_eval'"), ({"top_k": 2.5}, "'top_k'"), ({"temperature": 1}, "temperature"),
+    ({"rejected": {"boring": 1}}, "'rejected'"), ({"skills": {}}, "'skills'"), ({"skills": [3]}, "skill: .* 3")])
+def test_from_json_names_the_malformed_bank_field(change, culprit):
+    with pytest.raises(ValueError, match=culprit):
+        SkillBank.from_json({**SkillBank().to_json(), **change})
+    with pytest.raises(ValueError, match="bank"):
+        SkillBank.from_json([])
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_forty_pairings_sort_good_from_bad(seed):
+    # Each skill shifts a plain success rate of .5 by its true effect; 4 + 4 rollouts a pairing. The utility's standard
+    # error is about 40/45 * .32 / sqrt(40) = .045, so +-.3 lies 3 or more errors from both thresholds.
+    rng = np.random.default_rng(seed)
+    bank = bank_with("good", "void", "harmful")
+    good, void, harmful = bank.skills
+    for iteration in range(40):
+        for skill, effect in ((good, 0.3), (void, 0.0), (harmful, -0.3)):
+            delta = skills.paired_effect(rng.random(4) < 0.5 + effect, rng.random(4) < 0.5)
+            bank.record(skill, delta, iteration)
+    assert (good.state, harmful.state) == ("active", "retired")
+    assert harmful.utility(bank.kappa) < void.utility(bank.kappa) < good.utility(bank.kappa)
+
+
+# ---- 8. envs: what the policy reads and writes -----------------------------------------------------------------------
+
+THOUGHT = "<think>an apple</think>"
+
+
+@pytest.mark.parametrize("response, action", [
+    (THOUGHT + "<action>go to desk 1</action>", "go to desk 1"),
+    (THOUGHT + "<action> Go  TO\n\tdesk 1 </action> done", "go to desk 1"),                 # case and white space
+    (THOUGHT + "<action>look</action><action>inventory</action>", "look"),                  # the first of several
+    (THOUGHT + "<action><action>look</action>", "<action>look"),
+    (THOUGHT + "<action>nimm Äpfel 🍎</action>", "nimm äpfel 🍎"),
+    (THOUGHT + f"<action>{'a' * 10_000}</action>", "a" * 10_000),
+    ("<action>look</action>", None),                                                        # no thought
+    ("<think>an apple<action>look</action>", None),
+    ("an apple</think><action>look</action>", None),
+    (THOUGHT + "look", None), (THOUGHT + "<action>look", None), (THOUGHT + "look</action>", None),
+    (THOUGHT + "</action>look<action>", None), (THOUGHT + "<action> \n </action>", None), ("", None)])
+def test_parse_action(response, action):
+    assert envs.parse_action(response) == action
+
+
+TAGS = st.sampled_from("<think> </think> <action> </action> <|im_end|> look \n \0 İ 🍎".split(" "))
+
+
+@given(st.text() | st.lists(TAGS | st.text(max_size=3)).map("".join))
+def test_parse_action_gives_a_clean_line_or_nothing_for_any_text(response):
+    action = envs.parse_action(response)
+    assert action is None or (action and action == " ".join(action.split()) and action == action.lower())
+
+
+def test_full_prompt_shows_the_last_turns_the_skill_and_every_action_but_help():
+    state = envs.State("You arrive at desk 3.", ("go to desk 1", "help", "look"), "", steps=3)
+    turns = [envs.Turn(f"You see {i}.", f"go to desk {i}") for i in range(3)]
+    prompt = envs.render_prompt("find {braces}", state, turns, skill="when dark -> use a lamp", window=2)
+    assert "find {braces}" in prompt and "when dark -> use a lamp" in prompt and "Step 4." in prompt
+    assert "['go to desk 1', 'look']" in prompt and "last 2 of 3 steps" in prompt
+    assert "[Observation 2: You see 1. Action 2: go to desk 1]" in prompt and "You see 0." not in prompt
+    plain = envs.render_prompt("find {braces}", state, turns, window=0)
+    assert "You see" not in plain and "dvice" not in plain
+
+
+# ---- 9. envs: the engine beside stock TextWorld ----------------------------------------------------------------------
+
+REAL = next((f for f in map(os.environ.get, ("SIRI_ALFWORLD_SAMPLE", "ALFWORLD_DATA"))
+             if f and (Path(f) / "json_2.1.1" / "train").is_dir()), None)
+official = pytest.mark.skipif(
+    REAL is None, reason="official games: set SIRI_ALFWORLD_SAMPLE or ALFWORLD_DATA to the folder of json_2.1.1")
+KINDS = sorted(envs.KIND_COUNTS)
+
+
+@pytest.fixture(scope="module")
+def plans():
+    """Generated games on official floor plans."""
+    return envs.AlfWorld.generated(0)
+
+
+@pytest.fixture(scope="module")
+def home():
+    """Small generated games in one household."""
+    return envs.AlfWorld.household(3, max_steps=40)
+
+
+@pytest.fixture(scope="module")
+def real():
+    return envs.AlfWorld.official(REAL)
+
+
+@pytest.fixture(scope="module")
+def stock():
+    """ALFWorld's own stack: TextWorld's PddlEnv under the naming wrapper. One for all tests, because closing several
+    Fast Downward handles can crash Python at exit."""
+    import textworld
+    from alfworld.agents.utils.misc import Demangler
+    from textworld.envs.pddl import PddlEnv
+
+    class AlfredDemangler(textworld.core.Wrapper):      # that of alfred_tw_env, whose import needs much more
+        def load(self, *args, **kwargs):
+            super().load(*args, **kwargs)
+            demangler = Demangler(game_infos=self._entity_infos, shuffle=False)
+            for info in self._entity_infos.values():
+                info.name = demangler.demangle_alfred_name(info.id)
+
+    return AlfredDemangler(PddlEnv(textworld.EnvInfos(won=True, admissible_commands=True)))
+
+
+def data_of(task):
+    """The game as the dictionary that TextWorld loads, its winning commands included."""
+    data = envs.pddl_game(task.data) if isinstance(task.data, envs.Scene) else json.loads(task.data.read_text())
+    return {**data, "walkthrough": data.get("walkthrough") or envs.oracle_walkthrough(data)}
+
+
+def small_game(world, kind=None, split="train"):
+    tasks = [task for task in map(world.tasks(split).__getitem__, range(80)) if kind in (None, task.kind)]
+    return min(tasks, key=lambda task: len(task.data.objects) + len(task.data.receptacles))
+
+
+ODD = ["", "   ", "look ", "\tinventory\n", "LOOK", "go to nowhere 1", "take apfel 1 from kühlschrank 1", "look; look",
+       "{r}", "#look.feedback#", "put mug 1 in/on desk 1", "go to  desk 1", "🍎", "'", "help"]
+
+
+def compare(stock, engine, commands):
+    """Play both; `commands(admissible)` yields the next command."""
+    state, node, text = stock.reset(), engine.root, engine.intro
+    assert (text, list(node.admissible)) == (state.feedback, state["admissible_commands"])
+    for command in commands(lambda: node.admissible):
+        state, score, done = stock.step(command)
+        node, text = engine.step(node, command)
+        assert text == state.feedback, command
+        assert list(node.admissible) == state["admissible_commands"], command
+        assert (node.won, node.won) == (bool(score), bool(done)) == (state["won"],) * 2, command
+    return node.won
+
+
+def random_walk(seed, length):
+    def commands(admissible):
+        rng = random.Random(seed)
+        for _ in range(length):         # half of the commands are not movements, or a walk would only move
+            here = [c for c in admissible() if not c.startswith("go to")]
+            yield rng.choice(ODD) if rng.random() < 0.15 else rng.choice(here if rng.random() < 0.5 else admissible())
+    return commands
+
+
+def check_against_stock(stock, world, task, length):
+    """On the winning commands with every odd one between and after them, and on a random walk."""
+    data = data_of(task)
+    with world.open(task) as game:
+        stock.load(data)
+        win = data["walkthrough"]
+        assert compare(stock, game.engine, lambda _: [*win[:2], *ODD, *win[2:], "look", "inventory", "", "nonsense"])
+        compare(stock, game.engine, random_walk(task.id, length))
+
+
+def test_engine_equals_textworld_in_a_household(stock, home):
+    """Feedback, admissible commands, score and done are the same to the byte: also for empty, odd and unicode commands,
+    and after the win."""
+    check_against_stock(stock, home, small_game(home, "pick_heat_then_place_in_recep"), length=25)
+
+
+def test_engine_equals_textworld_on_a_floor_plan(stock, plans):
+    check_against_stock(stock, plans, small_game(plans, "pick_two_obj_and_place"), length=25)
+
+
+@slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("index", range(3))
+def test_engine_equals_textworld_on_every_kind_of_generated_game(stock, plans, kind, index):
+    tasks = [task for task in map(plans.tasks("valid_seen").__getitem__, range(140)) if task.kind == kind]
+    check_against_stock(stock, plans, tasks[index], length=60)
+
+
+@official
+@pytest.mark.parametrize("index", range(18))
+def test_engine_equals_textworld_on_official_games(stock, real, index):
+    tasks = [task for split in real.splits for task in real.tasks(split)[:6]]
+    check_against_stock(stock, real, tasks[index], length=30)
+
+
+@official
+def test_official_games_are_won_by_their_walkthroughs_and_by_the_oracle(real):
+    for task in [task for split in real.splits for task in real.tasks(split)[:6]]:
+        with real.open(task) as game:
+            assert game.task.goal in game.start.observation
+            for commands in (data_of(task)["walkthrough"], envs.oracle_walkthrough(data_of(task))):
+                state = game.start
+                for command in commands:
+                    assert not state.done and state.valid
+                    state = game.step(state, command)
+                assert state.success
+
+
+@slow
+def test_speed_over_textworld(stock, plans):
+    """At least 30 times as fast per step and per reset, measured in turns on the same walk."""
+    took = Counter()
+
+    def timed(what, call, *args):
+        begin = time.perf_counter()
+        result = call(*args)
+        took[what] += time.perf_counter() - begin
+        return result
+
+    for task in map(plans.tasks("valid_seen").__getitem__, range(4)):
+        stock.load(data_of(task))
+        plans.open(task).close()
+        timed("stock reset", stock.reset)
+        game, rng = timed("reset", plans.open, task), random.Random(task.id)
+        state = game.start
+        for _ in range(40):
+            command = rng.choice(state.admissible)
+            timed("stock step", stock.step, command)
+            state = timed("step", game.step, state, command)
+        game.close()
+    assert took["stock reset"] > 30 * took["reset"] and took["stock step"] > 30 * took["step"], took
+
+
+# ---- 10. envs: one game, many rollouts -------------------------------------------------------------------------------
+
+def play(game, seed, length=30):
+    """All states of a random rollout."""
+    rng, states = random.Random(seed), [game.start]
+    while not states[-1].done and len(states) <= length:
+        states.append(game.step(states[-1], rng.choice(states[-1].admissible)))
+    return states
+
+
+def test_interleaved_rollouts_equal_separate_ones(plans, home):
+    """Rollouts that share a game, advanced in a random order, see what each would see in a game of its own."""
+    for world in (plans, home):
+        task, alone = world.tasks("train")[1], []
+        for seed in range(4):
+            with world.open(task) as game:
+                alone.append(play(game, seed))
+        with world.open(task) as game:
+            rngs, shared = [random.Random(seed) for seed in range(4)], [[game.start] for _ in range(4)]
+            order = random.Random(9)
+            while live := [i for i in range(4) if len(shared[i]) < len(alone[i])]:
+                i = order.choice(live)
+                shared[i].append(game.step(shared[i][-1], rngs[i].choice(shared[i][-1].admissible)))
+        assert shared == alone and len({states[-1].anchor for states in shared}) > 1
+
+
+def test_any_old_state_goes_on_as_in_an_engine_that_never_saw_the_rest(home):
+    task = home.tasks("train")[2]
+    with home.open(task) as game, home.open(task) as fresh:
+        states = play(game, seed=1)
+        for k in (0, 7, 19):
+            for command in states[k].admissible[::3]:
+                replayed, rng = fresh.start, random.Random(1)
+                for _ in range(k):
+                    replayed = fresh.step(replayed, rng.choice(replayed.admissible))
+                assert game.step(states[k], command) == fresh.step(replayed, command)
+
+
+def test_step_limit_invalid_actions_and_the_end(home):
+    short = envs.AlfWorld.household(3, max_steps=3)
+    with short.open(short.tasks("train")[0]) as game:
+        state = game.step(game.start, "fly to the moon")
+        assert (state.valid, state.observation, state.done) == (False, "Nothing happens.", False)
+        assert state.admissible == game.start.admissible and state.anchor != game.start.anchor
+        state = game.step(game.step(state, " look "), "inventory")
+        assert (state.valid, state.done, state.success, state.reward, state.steps) == (True, True, False, 0.0, 3)
+        with pytest.raises(ValueError, match="the episode ended after 3 steps"):
+            game.step(state, "look")
+
+
+@slow
+def test_memory_stays_flat_over_200_games(plans):
+    """200 games of a group of four: the resident set grows by less than 30 MB after the first 20."""
+    statm = Path("/proc/self/statm")
+    if not statm.exists():
+        pytest.skip("reads /proc")
+    for i in range(220):
+        with plans.open(plans.tasks("train")[i]) as game:
+            for seed in range(4):
+                play(game, seed)
+        if i == 20:
+            before = int(statm.read_text().split()[1])
+    assert (int(statm.read_text().split()[1]) - before) * os.sysconf("SC_PAGE_SIZE") < 30e6
+
+
+# ---- 11. envs: folders and files -------------------------------------------------------------------------------------
+
+def make_folder(root, spoil=lambda text: text):
+    """A data folder in the official layout with one generated game a split; `spoil` changes the file of train."""
+    for split in envs.SPLIT_COUNTS:
+        task = envs.generate_task(0, split=split, household=envs.Household(0))
+        path = root / "json_2.1.1" / split / task.id.split("/")[-1] / "trial_1" / "game.tw-pddl"
+        path.parent.mkdir(parents=True)
+        text = json.dumps(data_of(task))
+        path.write_text(spoil(text) if split == "train" else text)
+    return root
+
+
+def test_a_folder_in_the_official_layout_is_played(tmp_path):
+    world = envs.make("alfworld", data=str(make_folder(tmp_path)))
+    assert "official games" in world.notice and "train 1" in world.notice
+    with world.open(world.tasks("train")[0]) as game:
+        state = game.start
+        for command in data_of(game.task)["walkthrough"]:
+            state = game.step(state, command)
+        assert state.success and game.task.goal == envs.generate_task(
+            0, split="train", household=envs.Household(0)).goal
+        assert game.task.kind in KINDS and game.task.split == "train"
+
+
+def test_the_official_loaders_filters(tmp_path):
+    for split in envs.SPLIT_COUNTS:
+        for name, solvable in (("pick-A-1", True), ("pick-B-1", False), ("pick-AppleSliced-2", True),
+                               ("pick_movable-C-3", True), ("cool-A-2", True)):
+            path = tmp_path / "json_2.1.1" / split / name / "trial" / "game.tw-pddl"
+            path.parent.mkdir(parents=True)
+            path.write_text(json.dumps({"grammar": '"Your task is to: find it."', "solvable": solvable}))
+    world = envs.AlfWorld.official(tmp_path)
+    assert [(t.id, t.kind, t.goal) for t in world.tasks("train")] == [
+        ("train/cool-A-2/trial", "cool", "find it"), ("train/pick-A-1/trial", "pick", "find it")]
+    assert envs.AlfWorld.official(tmp_path / "json_2.1.1").tasks("train") == world.tasks("train")
+    shutil.rmtree(tmp_path / "json_2.1.1" / "valid_seen")
+    with pytest.raises(ValueError, match="no ALFWorld games in .*valid_seen"):
+        envs.AlfWorld.official(tmp_path)
+
+
+@pytest.mark.parametrize("damage", [
+    lambda text: "", lambda text: text[:5000], lambda text: text.replace('"solvable"', '"soluble"'),
+    lambda text: text.replace("Your task is to: ", "")])
+def test_a_file_that_is_no_game_is_named_before_any_play(tmp_path, damage):
+    with pytest.raises(ValueError, match=r"train/\S*/trial_1/game.tw-pddl is not an ALFWorld game.*alfworld-download"):
+        envs.AlfWorld.official(make_folder(tmp_path, damage))
+
+
+@pytest.mark.parametrize("damage, says", [
+    (lambda text: "{" + text, "JSONDecodeError"),
+    (lambda text: text.replace('"pddl_domain"', '"domain"'), "KeyError: 'pddl_domain'"),
+    (lambda text: text.replace('"pddl_domain": "', '"pddl_domain": "", "old": "'), "StopIteration"),
+    (lambda text: text.replace("(:goal", "(:goal ("), "ParseError"),
+    (lambda text: text.replace("agent1 - agent", ""), "agent1"),
+    (lambda text: text.replace('"grammar": "', '"grammar": "nonsense '), "FailedToken")])
+def test_a_broken_game_is_named_with_the_mend_and_spoils_no_other(tmp_path, damage, says):
+    world = envs.AlfWorld.official(make_folder(tmp_path, damage))
+    (broken,), (sound,) = world.tasks("train"), world.tasks("valid_seen")
+    for _ in range(2):
+        with pytest.raises(ValueError, match=f"{says}.*alfworld-download") as caught:
+            world.open(broken)
+        assert broken.id in str(caught.value) and "\n" not in str(caught.value)
+        with world.open(sound) as game:
+            assert game.step(game.start, "look").valid and len(world.engines) == 0
+
+
+@pytest.mark.parametrize("expression", [
+    "__import__('os').system('touch pwned')", "r.__class__", "(lambda: 1)()", "r.name if r else r", "r.name.upper()",
+    "open('pwned', 'w')", "r.name * 9"])
+def test_a_game_file_cannot_run_code(tmp_path, monkeypatch, expression):
+    monkeypatch.chdir(tmp_path)
+
+    def spoil(text):
+        assert "{r.name}" in text
+        return text.replace("{r.name}", "{%s}" % expression)
+
+    world = envs.AlfWorld.official(make_folder(tmp_path, spoil))
+    with pytest.raises(ValueError, match="may only use names, their attributes, text"):
+        with world.open(world.tasks("train")[0]) as game:
+            play(game, seed=0)
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_the_variable_that_importing_alfworld_sets_is_no_data(tmp_path):
+    code = ("import os, alfworld.info, envs; assert os.environ['ALFWORLD_DATA']; "
+            "print(envs.make('alfworld').notice)")
+    clean = {k: v for k, v in os.environ.items() if k != "ALFWORLD_DATA"} | {"HOME": str(tmp_path)}
+    out = subprocess.run([sys.executable, "-c", code], cwd=HERE, env=clean, capture_output=True, text=True)
+    assert "GENERATED" in out.stdout and "not ALFWorld benchmark scores" in out.stdout, out.stderr
+
+
+# ---- 12. envs: generated games ---------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("split", envs.SPLIT_COUNTS)
+@pytest.mark.parametrize("world, n", [("plans", 6), ("home", 16)])
+def test_every_generated_game_is_won_by_its_walkthrough_and_not_before(request, world, n, split):
+    world = request.getfixturevalue(world)
+    for i in range(n):
+        task = world.tasks(split)[i]
+        with world.open(task) as game:
+            state = game.start
+            assert not state.success and game.task.goal == task.goal and not state.observation.startswith(envs.BANNER)
+            for command in envs.oracle_walkthrough(envs.pddl_game(task.data)):
+                assert command in state.admissible and not state.done and state.reward == 0
+                state = game.step(state, command)
+            assert state.success and state.done and state.reward == 10.0
+
+
+def test_a_game_depends_on_its_arguments_only():
+    def draw(i, **kwargs):
+        return envs.generate_game(i, **{"split": "train", **kwargs})
+
+    home = envs.Household(1)
+    for i in range(20):
+        random.seed(i)
+        assert draw(i) == draw(i) and draw(i).data == draw(i).data
+        assert draw(i, household=home).data == draw(i, household=envs.Household(1)).data
+        others = [draw(i + 1), draw(i, split="valid_seen"), draw(i, seed=1), draw(i, household=home)]
+        assert all(draw(i).data["pddl_problem"] != other.data["pddl_problem"] for other in others)
+    assert draw(0).id == "plans-0/train/0000/pick_heat_then_place_in_recep-Egg-None-GarbageCan-28"    # on any machine
+
+
+@pytest.mark.parametrize("household", [None, 0])
+def test_splits_are_disjoint_and_unseen_is_unseen(household):
+    home = None if household is None else envs.Household(household)
+    ids, rooms, pairs = {}, {}, {}
+    for split in envs.SPLIT_COUNTS:
+        tasks = list(envs.GeneratedTasks(split, 0, home))
+        ids[split] = {t.id for t in tasks}
+        rooms[split] = {t.id.rpartition("-")[2] for t in tasks}
+        pairs[split] = {(t.data.target, t.data.destination) for t in tasks}
+        assert len(ids[split]) == envs.SPLIT_COUNTS[split]
+        assert {t.kind for t in tasks} == set(KINDS)
+    assert not ids["train"] & ids["valid_seen"]
+    if home is None:
+        assert rooms["valid_unseen"] <= {str(n) for n in envs.UNSEEN_PLANS}
+        assert not rooms["valid_unseen"] & (rooms["train"] | rooms["valid_seen"])
+    else:
+        assert not pairs["valid_unseen"] & (pairs["train"] | pairs["valid_seen"])
+
+
+def test_objects_lie_where_alfred_allows_and_the_task_is_not_done_yet():
+    for i in range(300):
+        scene = envs.generate_task(i, split="train").data
+        place = dict(scene.receptacles)
+        for _, cls, inside in scene.objects:
+            assert cls == "DeskLamp" or cls in envs.wheel().holds[place[inside]]
+            assert (cls, place[inside]) != (scene.target, scene.destination)
+
+
+def test_habits_hold_nine_times_in_ten_and_differ_between_households():
+    home, usual = envs.Household(5), []
+    for i in range(1000):
+        scene = envs.generate_task(i, split="train", household=home).data
+        place = dict(scene.receptacles)
+        usual += [place[inside] == home.habit[cls] for _, cls, inside in scene.objects if cls == scene.target]
+    assert abs(sum(usual) / len(usual) - 0.9) < 4 * (0.09 / len(usual)) ** 0.5
+    # Knowing one household says nothing about another: they agree as often as uniform draws from 8 or 10 places do.
+    homes = [envs.Household(seed).habit for seed in range(80)]
+    agree = [a[o] == b[o] for a, b in zip(homes[::2], homes[1::2]) for o in a]
+    assert len(homes[0]) == 24 and abs(sum(agree) / len(agree) - (1 / 8 + 1 / 10) / 2) < 0.04
+
+
+def test_household_games_are_compact():
+    for seed in range(3):
+        home = envs.Household(seed)
+        for i in range(200):
+            task = envs.generate_task(i, split="train", household=home)
+            scene, steps = task.data, len(envs.oracle_walkthrough(envs.pddl_game(task.data)))
+            standing = [cls for _, cls in scene.receptacles]
+            assert 6 <= len(standing) <= 9 and len(set(standing)) == len(standing)
+            assert home.habit[scene.target] in standing and scene.destination not in envs.wheel().openable
+            count = Counter(cls for _, cls, _ in scene.objects)
+            assert count.pop(scene.target) == 1 + ("two" in task.kind) and set(count.values()) <= {1}
+            assert task.kind != "look_at_obj_in_light" or "Desk" in standing
+            assert steps <= (10 if "two" in task.kind else 7 if task.kind in envs.PROCESSES else 5)
+
+
+def load_script(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_true_skill_helps_the_tiny_policys_teacher_and_a_false_one_harms_it():
+    teacher = load_script(HERE / "notebooks" / "make_tiny.py")
+    won, rng = {"plain": [], "true": [], "false": []}, random.Random(0)
+    for seed in range(6):
+        world = envs.AlfWorld.household(seed, max_steps=siri.PRESETS["tiny"]["max_steps"])
+        for i in range(15):
+            task = world.tasks("train")[i]
+            usual, target = world.tasks("train").household.habit[task.data.target].lower(), task.data.target.lower()
+            others = [c.lower() for _, c in task.data.receptacles if c.lower() != usual and c != task.data.destination]
+            with world.open(task) as game:
+                for name, place in (("plain", None), ("true", usual), ("false", rng.choice(others))):
+                    skill = place and teacher.skill_text(target, place)
+                    won[name].append(teacher.play(game, skill, rng, slip=0.05)[-1])
+    rate = {name: np.mean(outcomes) for name, outcomes in won.items()}
+    assert rate["plain"] < 0.7 and rate["true"] > rate["plain"] + 0.15 and rate["plain"] > rate["false"] + 0.05, rate
+
+
+# ---- 13. siri: the policy --------------------------------------------------------------------------------------------
+
+def config(**overrides):
+    return siri.resolve({"preset": "smoke", "model": TINY, **overrides})[0]
+
+
+def awake(policy):
+    """A fresh adapter changes nothing, because its second matrix is zero; give that values."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, p in policy.model.named_parameters():
+            if "lora_B" in name:
+                p.normal_(std=0.05)
+    return policy
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return awake(siri.Policy(config()))
+
+
+@pytest.fixture(scope="module")
+def stranger_folder(tmp_path_factory):
+    """A model as others publish them: byte-level BPE, ChatML, untied head. Its vocabulary is padded with rows that
+    shout, and its generation_config asks for another distribution than the model's."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
+    folder = tmp_path_factory.mktemp("stranger")
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    bpe.train_from_iterator(envs.PROMPTS.values(), trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"]))
+    bpe.save(str(folder / "tokenizer.json"))
+    template = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+                "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    (folder / "tokenizer_config.json").write_text(json.dumps({
+        "tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>",
+        "chat_template": template}))
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=False, initializer_range=0.3, max_position_embeddings=4096))
+    model.lm_head.weight.data[bpe.get_vocab_size():] *= 100
+    model.save_pretrained(folder)
+    GenerationConfig(eos_token_id=[2, 0], do_sample=True, top_k=5, top_p=0.5, temperature=0.3, repetition_penalty=3.0,
+                     min_new_tokens=3, suppress_tokens=list(range(50, 200))).save_pretrained(folder)
+    return folder
+
+
+def stranger_config(folder, **overrides):
+    return siri.resolve({"preset": "paper", "four_bit": False, "model": str(folder), "lora_r": 4, "gen_rows": 500,
+                         "max_response": 8, "max_steps": 2, **overrides})[0]
+
+
+@pytest.fixture(scope="module")
+def stranger(stranger_folder):
+    return awake(siri.Policy(stranger_config(stranger_folder)))
+
+
+def some_rows(policy):
+    """Prompts and responses of very unequal length."""
+    torch.manual_seed(0)
+    return [siri.Row(policy.encode("look " * n), torch.randint(4, policy.vocab, (m,)).tolist(), a)
+            for n, m, a in ((1, 4, 1.0), (40, 4, -0.5), (3, 9, 2.0), (20, 1, 0.3), (7, 4, -1.0))]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_the_sampled_policy_is_the_trained_one(stranger, monkeypatch, temperature):
+    """Frequencies of 4,000 sampled tokens against `logprobs`, by chi-square; a model's generation_config has no say."""
+    monkeypatch.setattr(stranger, "cfg", dataclasses.replace(stranger.cfg, temperature=temperature))
+    prompt, n = stranger.encode("look"), 4000
+    torch.manual_seed(0)
+    drawn = Counter(ids[0] for ids in stranger.generate([prompt] * n, temperature, 1))
+    with torch.no_grad():
+        logp, entropy = stranger.logprobs([siri.Row(prompt, [token]) for token in range(stranger.vocab)])
+    assert entropy[0] > 1 and logp.exp().sum().item() == pytest.approx(1, abs=1e-3)
+    assert max(drawn) < stranger.vocab < stranger.model.config.vocab_size
+    expected = n * logp.exp().double().numpy()
+    common = expected >= 5
+    seen = np.array([drawn[token] for token in range(stranger.vocab)])
+    seen, expected = (np.append(x[common], x[~common].sum()) for x in (seen, expected))
+    df = len(seen) - 1
+    assert ((seen - expected) ** 2 / expected).sum() < df + 4 * math.sqrt(2 * df)
+
+
+@pytest.mark.parametrize("name", ["policy", "stranger"])
+def test_greedy_responses_do_not_depend_on_their_batch(request, name):
+    policy = request.getfixturevalue(name)
+    prompts = [row.prompt for row in some_rows(policy)]
+    together = policy.generate(prompts, 0.0, 8)
+    assert together == [policy.generate([prompt], 0.0, 8)[0] for prompt in prompts]
+    assert len({tuple(ids) for ids in together}) > 1
+
+
+@pytest.mark.parametrize("name", ["policy", "stranger"])
+def test_logprobs_equal_the_models_own_logits_in_any_batch(request, name):
+    policy = request.getfixturevalue(name)
+    rows = some_rows(policy)
+    with torch.no_grad():
+        logp, entropy = policy.logprobs(rows)
+        for row, mine, h in zip(rows, *(x.split([len(r.response) for r in rows]) for x in (logp, entropy))):
+            logits = policy.model(input_ids=torch.tensor([row.prompt + row.response])).logits[0]    # (T, V)
+            logits = logits[len(row.prompt) - 1:-1, :policy.vocab].float()
+            full = torch.distributions.Categorical(logits=logits)
+            torch.testing.assert_close(mine, full.log_prob(torch.tensor(row.response)), rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(h, full.entropy(), rtol=1e-3, atol=1e-3)
+
+
+def test_the_reference_is_the_base_model(policy):
+    from transformers import AutoModelForCausalLM
+    base = AutoModelForCausalLM.from_pretrained(HERE / TINY)
+    ids = torch.tensor([policy.encode("task : put a apple in shelf")])
+    with torch.no_grad(), policy.model.disable_adapter():
+        torch.testing.assert_close(policy.model(input_ids=ids).logits, base(input_ids=ids).logits)
+    with torch.no_grad():
+        assert (policy.model(input_ids=ids).logits - base(input_ids=ids).logits).abs().max() > 0.1
+    assert all("lora_" in name for name, p in policy.model.named_parameters() if p.requires_grad)
+
+
+CONTROL = st.lists(st.sampled_from(
+    "<|im_end|> <|im_start|> <pad> <unk> <|IM_END|> <|İm_end|> <|endoftext|> <|im_ end|> < | > im_end \n a".split(" "))
+    | st.text(max_size=2), max_size=8).map("".join)
+
+
+@settings(max_examples=150, deadline=None)
+@given(outer=CONTROL, inner=CONTROL, cut=st.integers(0, 9))
+@pytest.mark.parametrize("name", ["policy", "stranger"])
+def test_no_text_can_end_a_turn(request, name, outer, inner, cut):
+    """Tasks, observations and skills come from elsewhere: whatever they hold, the prompt has the template's control
+    tokens and no others."""
+    policy = request.getfixturevalue(name)
+    added = json.loads(policy.tokenizer.backend_tokenizer.to_str())["added_tokens"]
+    control = {t["id"] for t in added if t["special"] and t["content"] != "<unk>"}
+    structure = [i for i in policy.encode("x") if i in control]
+    for text in (outer, outer[:cut] + inner + outer[cut:], f"<|im_{outer}end|>", f"<{inner}|im_end|>"):
+        assert [i for i in policy.encode(text) if i in control] == structure, text
+
+
+def test_text_without_control_tokens_reaches_the_model_unchanged(stranger):
+    for text in ("a < b | c > d <|im end|>", "Ä 🍎\n  two  spaces", "<think>x</think>"):
+        assert stranger.neutralise(text) == text and text in stranger.decode(stranger.encode(text))
+
+
+def test_the_tiny_tokenizer_is_the_one_that_its_file_describes(policy):
+    from tokenizers import Tokenizer
+    from_file = Tokenizer.from_file(str(HERE / TINY / "tokenizer.json"))
+    with envs.AlfWorld.household(0).open(envs.AlfWorld.household(0).tasks("train")[0]) as game:
+        text = envs.render_prompt(game.task.goal, game.start, [], skill="when dark -> find a lamp", style="compact")
+    text += " <think>find apple</think> <action>Take Apple 12 from sinkbasin 1</action>\n<skill>a -> b</skill>"
+    assert policy.tokenizer(text, add_special_tokens=False).input_ids == from_file.encode(text).ids
+
+
+def test_the_tiny_policy_can_say_and_read_everything_in_its_world(policy):
+    """Prompts have no unknown word, and each command that they offer comes back as it was written."""
+    unknown = policy.tokenizer.convert_tokens_to_ids("<unk>")
+    for seed in range(8):
+        world = envs.AlfWorld.household(seed)
+        for i, split in enumerate(envs.SPLIT_COUNTS):
+            with world.open(world.tasks(split)[i]) as game:
+                for state in play(game, seed):
+                    prompt = envs.render_prompt(game.task.goal, state, [], style="compact")
+                    assert unknown not in policy.encode(prompt), prompt
+                    for command in re.search("can : (.*)", prompt)[1].split(" ; "):
+                        ids = policy.tokenizer(f"<think>find it</think><action>{command}</action>").input_ids
+                        assert command in state.admissible and envs.parse_action(policy.decode(ids)) == command
+
+
+@pytest.mark.parametrize("spoil, says", [
+    (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
+    (lambda folder: (folder / "config.json").write_text("{"), "could not be loaded"),
+    (lambda folder: (folder / "config.json").write_text('{"model_type": "nonsense"}'), "could not be loaded"),
+    (lambda folder: (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "Qwen2Tokenizer"}'),
+     "chat template"),
+    (lambda folder: (folder / "tokenizer.json").unlink(), "could not be loaded"),
+    (lambda folder: (folder / "model.safetensors").unlink(), "could not be loaded"),
+    (lambda folder: (folder / "model.safetensors").write_bytes(b"\0" * 99), "could not be loaded"),
+    (lambda folder: shutil.rmtree(folder), "could not be loaded")])
+def test_an_unusable_model_folder_is_named(stranger_folder, tmp_path, monkeypatch, spoil, says):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    folder = tmp_path / "model"
+    shutil.copytree(stranger_folder, folder)
+    spoil(folder)
+    with pytest.raises(siri.UserError, match=says) as caught:
+        siri.Policy(stranger_config(folder))
+    assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+
+
+# ---- 14. siri: rollouts ----------------------------------------------------------------------------------------------
+
+@pytest.fixture()
+def small():
+    """The world of the smoke preset."""
+    return siri.make_environment(config())
+
+
+def teach(policy, monkeypatch, say):
+    """Replace sampling: `say(k)` gives the texts of the k responses that are asked for."""
+    ids = lambda text: policy.tokenizer(text, add_special_tokens=False).input_ids
+    monkeypatch.setattr(policy, "generate", lambda prompts, *_: [ids(text) for text in say(len(prompts))])
+
+
+def winner_and_mumbler(policy, monkeypatch, env, task, skill=None):
+    """A group of two: the first plays the oracle's commands, the second never says anything parsable."""
+    commands = envs.oracle_walkthrough(envs.pddl_game(task.data))
+    script = iter(f"<think>find it</think><action>{command}</action>" for command in commands)
+    teach(policy, monkeypatch, lambda k: [next(script), "look"] if k == 2 else ["look"])
+    return siri.rollout(policy, env, [(task, [skill, None])], 1.0)[0], commands
+
+
+def bare_run(policy, **state):
+    """A Run without folder and environment."""
+    run = object.__new__(siri.Run)
+    run.cfg, run.policy, run.progress, run.bank = policy.cfg, policy, siri.Progress(), SkillBank(n_eval=1)
+    vars(run).update(state)
+    return run
+
+
+def test_rollout_records_what_was_seen_said_and_won(policy, monkeypatch, small):
+    task = small.tasks("train")[0]
+    (winner, mumbler), commands = winner_and_mumbler(policy, monkeypatch, small, task)
+    assert winner.success and [s.action for s in winner.steps] == commands and all(s.valid for s in winner.steps)
+    assert [s.reward for s in winner.steps] == [0.0] * (len(commands) - 1) + [10.0]
+    assert not mumbler.success and len(mumbler.steps) == small.max_steps
+    assert all(s.action == "" and not s.valid and s.reward == 0 for s in mumbler.steps)
+    assert mumbler.steps[1].observation == "Nothing happens."
+    with small.open(task) as game:
+        state, turns = game.start, []
+        for step in winner.steps:
+            assert step.observation == state.observation and step.anchor == state.anchor
+            prompt = envs.render_prompt(task.goal, state, turns, style="compact", window=policy.cfg.history)
+            assert step.prompt == policy.encode(prompt)
+            turns.append(envs.Turn(state.observation, step.action))
+            state = game.step(state, step.action)
+
+
+def test_g6_of_a_winner_and_a_mumbler_by_hand(policy, monkeypatch, small):
+    group, commands = winner_and_mumbler(policy, monkeypatch, small, small.tasks("train")[0])
+    bare_run(policy).score(group)
+    winner, mumbler = ([s.advantage for s in e.steps] for e in group)
+    # Two returns, 10 and 0: A^E = +-sqrt(1/2). They share the first state only, where the discounted returns differ too.
+    one = math.sqrt(0.5)
+    assert winner == pytest.approx([2 * one] + [one] * (len(commands) - 1))
+    assert mumbler == pytest.approx([-2 * one - 0.2] + [-one - 0.2] * (small.max_steps - 1))
+
+
+def test_a_group_starts_in_one_state_and_the_skill_is_only_in_its_half(policy, small):
+    skill = SkillBank().add("the task needs apple", "look in fridge first", born=0, source="game")
+    tasks = [small.tasks("train")[i] for i in range(3)]
+    torch.manual_seed(0)
+    for group in siri.rollout(policy, small, [(task, [skill, skill, None, None]) for task in tasks], 1.0):
+        first = [e.steps[0] for e in group]
+        assert len({(s.observation, s.anchor) for s in first}) == 1
+        assert first[0].prompt == first[1].prompt != first[2].prompt == first[3].prompt == first[0].plain
+        assert "look in fridge" in policy.decode(first[0].prompt) and "look in" not in policy.decode(first[2].prompt)
+        assert all((s.plain is None) == (e.skill is None) for e in group for s in e.steps)
+
+
+def test_a_model_that_never_saw_this_task_plays_invalid_actions(stranger, plans):
+    """The code path of the paper preset, with a small local model of the same kind, on a full-size game."""
+    env = envs.AlfWorld.generated(0, max_steps=2)
+    torch.manual_seed(0)
+    group, = siri.rollout(stranger, env, [(small_game(plans), [None] * 4)], 1.0)
+    assert [len(e.steps) for e in group] == [2] * 4
+    assert all(not s.valid and s.action == "" and 1 <= len(s.response) <= 8 for e in group for s in e.steps)
+    assert "You are acting in a household" in stranger.decode(group[0].steps[0].prompt)
+    assert siri.skills.mining_prompt("goal", [("look", "a room")], stranger.cfg.prompt_style)
+
+
+class Faulty:
+    """A world in which some games break: when opened (`at` is 0) or in their step number `at`."""
+
+    def __init__(self, world, breaks, at):
+        self.world, self.breaks, self.at = world, breaks, at
+
+    def __getattr__(self, name):
+        return getattr(self.world, name)
+
+    def open(self, task):
+        if self.breaks(task) and not self.at:
+            raise OSError("disk on fire")
+        game = self.world.open(task)
+        play_on = game.step
+
+        def step(state, action):
+            if self.breaks(task) and state.steps + 1 == self.at:
+                raise OSError("disk on fire")
+            return play_on(state, action)
+
+        game.step = step
+        return game
+
+
+@pytest.mark.parametrize("at", [0, 1, 3])
+def test_an_environment_that_raises_loses_its_own_group_only(policy, small, at):
+    tasks = [small.tasks("train")[i] for i in range(3)]
+    failures, env = [], Faulty(small, lambda task: task.id == tasks[1].id, at)
+    torch.manual_seed(0)
+    groups = siri.rollout(policy, env, [(task, [None] * 2) for task in tasks], 1.0, failures)
+    assert [len(group) for group in groups] == [2, 0, 2]
+    assert all(e.success or len(e.steps) == small.max_steps for e in groups[0] + groups[2])
+    assert failures == [f"{tasks[1].id}: OSError: disk on fire"]
+
+
+def test_more_than_a_twentieth_of_broken_groups_stops_the_run_with_the_cause(tmp_path, monkeypatch, capsys, small):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(siri, "make_environment", lambda cfg: Faulty(small, lambda task: task.split == "train", 1))
+    assert siri.main(f"{SMALL} --panel 1 --warmup-max 9".split()) == 2
+    out, err = capsys.readouterr()
+    assert "disk on fire" in out and "its group is dropped" in out
+    assert re.fullmatch(r"siri: .*limit 5%.*disk on fire.*--resume runs/x", err.splitlines()[-1])
+
+
+@pytest.mark.parametrize("name", ["policy", "stranger"])
+def test_a_prompt_that_is_too_long_loses_history_then_observation_never_the_skill(request, monkeypatch, name):
+    policy = request.getfixturevalue(name)
+    task = envs.Task("x", "k", "put a apple in shelf", "train")
+    state = envs.State("You arrive at desk 1. " + "On the desk 1, you see a mug 1. " * 9, ("look", "go to desk 1"), "")
+    turns = [envs.Turn(f"You arrive at shelf {i}.", f"go to shelf {i}") for i in range(4)]
+    prompts = [policy.encode(envs.render_prompt(task.goal, state, turns, skill="look in fridge first",
+                                                style=policy.cfg.prompt_style, window=w)) for w in range(3)]
+    limits = [(len(p), p) for p in prompts] + [(len(prompts[2]) - 1, prompts[1]), (len(prompts[1]) - 1, prompts[0])]
+    for limit, expected in limits:
+        monkeypatch.setattr(policy, "cfg", dataclasses.replace(policy.cfg, max_prompt=limit))
+        assert siri.fit_prompt(policy, task, state, turns, "look in fridge first") == expected
+    monkeypatch.setattr(policy, "cfg", dataclasses.replace(policy.cfg, max_prompt=len(prompts[0]) - 60))
+    ids = siri.fit_prompt(policy, task, state, turns, "look in fridge first")
+    assert len(ids) <= len(prompts[0]) - 60 and ids[:2] == prompts[0][:2] and ids[-3:] == prompts[0][-3:]
+    assert "look in fridge first" in policy.decode(ids) and "put a apple in shelf" in policy.decode(ids)
+
+
+# ---- 15. siri: updates, mining and gating ----------------------------------------------------------------------------
+
+def gradient(policy, rl, internal=(), lam=1.0, **changes):
+    """What one update takes off the parameters with plain gradient descent at rate 1; the policy is left as it was."""
+    cfg = dataclasses.replace(policy.cfg, **{**dict(minibatch=99, grad_clip=1e9, distill_epochs=1, distill_rows=99,
+                                                    kl_beta=0.0, update_tokens=10**6), **changes})
+    before = [p.detach().clone() for p in policy.trainable]
+    siri.update(policy, torch.optim.SGD(policy.trainable, lr=1.0), list(rl), list(internal), lam, cfg,
+                np.random.default_rng(0))
+    after = [p.detach().clone() for p in policy.trainable]
+    with torch.no_grad():
+        for p, old in zip(policy.trainable, before):
+            p.copy_(old)
+    return torch.cat([(a - b).flatten() for a, b in zip(before, after)])
+
+
+def gated_rows(policy):
+    return [siri.Row(r.prompt, r.response, gate=[k % 2 == 0 for k in range(len(r.response))], weight=w)
+            for r, w in zip(some_rows(policy), (0.5, 0.0, 1.0, 0.25, 0.75))]
+
+
+def close(a, b):
+    """Equal up to float noise, relative to the largest entry."""
+    assert b.abs().max() > 1e-4
+    torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * b.abs().max().item())
+
+
+def test_an_update_does_not_depend_on_its_micro_batches(policy):
+    rl, internal = some_rows(policy), gated_rows(policy)
+    whole = gradient(policy, rl, internal, kl_beta=0.1)
+    for update_tokens in (1, 100):
+        close(gradient(policy, rl, internal, kl_beta=0.1, update_tokens=update_tokens), whole)
+
+
+def test_an_update_is_the_gradient_of_the_loss_over_all_sampled_tokens(policy):
+    """S10 written out for all rows at once: on-policy G7, beta G8, lambda S9, each with one denominator."""
+    rl, internal = some_rows(policy), gated_rows(policy)
+    logp, _ = policy.logprobs(rl)
+    with torch.no_grad(), policy.model.disable_adapter():
+        reference, _ = policy.logprobs(rl)
+    advantage = torch.cat([torch.full((len(r.response),), r.advantage) for r in rl])
+    plain, _ = policy.logprobs(internal)
+    weight = torch.cat([torch.full((len(r.response),), r.weight) for r in internal])
+    gate = torch.tensor([g for r in internal for g in r.gate])
+    d = reference - logp
+    loss = (-(advantage * logp) + 0.1 * (d.exp() - d - 1)).sum() / len(logp)
+    loss = loss - 0.3 * (weight * plain)[gate].sum() / gate.sum()
+    expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, policy.trainable)])
+    close(gradient(policy, rl, internal, lam=0.3, kl_beta=0.1), expected)
+
+
+def test_rows_without_advantage_or_weight_still_count_in_the_denominators(policy):
+    row = some_rows(policy)[0]
+    silent = dataclasses.replace(row, advantage=0.0)
+    close(2 * gradient(policy, [row, silent]), gradient(policy, [row]))
+    row = dataclasses.replace(row, gate=[True] * 3 + [False], weight=0.5)
+    silent = dataclasses.replace(row, weight=0.0)
+    close(2 * gradient(policy, [], [row, silent]), gradient(policy, [], [row]))
+
+
+def test_the_clip_bounds_how_far_later_steps_of_an_iteration_go(policy):
+    """Four copies of a one-token row, an optimizer step each: once the ratio is past 1 + eps, nothing moves any more."""
+    row = dataclasses.replace(some_rows(policy)[3], advantage=0.1)
+    free = gradient(policy, [row] * 4, minibatch=1, clip=1e9)
+    clipped = gradient(policy, [row] * 4, minibatch=1, clip=1e-3)
+    close(clipped, gradient(policy, [row], minibatch=1))
+    assert free.norm() > 1.5 * clipped.norm()
+
+
+def test_mining_reads_wins_adds_skills_and_counts_what_it_rejects(policy, monkeypatch):
+    said = ["<skill>when the task needs apple -> look in fridge first</skill>", "look in fridge",
+            "<skill>When the task needs apple -> look in fridge first</skill>"]
+    asked = []
+    teach(policy, monkeypatch, lambda k: said[:k])
+    monkeypatch.setattr(policy, "encode", lambda text: asked.append(text) or [0])
+    run = bare_run(policy)
+    run.progress.iteration = 7
+    run.progress.wins = [dict(task=f"game {i}", goal="put a apple in shelf", steps=[["go to fridge 1", "You see."]])
+                         for i in range(3)]
+    assert run.mine() == 1 and run.progress.wins == [] and run.mine() == 0
+    assert all("apple in shelf" in text and "go to fridge 1" in text for text in asked) and len(asked) == 3
+    skill, = run.bank.skills
+    assert (skill.source, skill.born, skill.state) == ("game 0", 7, "candidate")
+    assert run.bank.rejected == {"unparsable": 1, "duplicate": 1}
+
+
+def test_a_won_pair_is_measured_and_gated_on_its_action_tokens(policy, monkeypatch, small):
+    run = bare_run(policy, bank=bank_with("the task needs apple", n_eval=1, kappa=1.0, tau_up=0.1))
+    skill = run.bank.skills[0]
+    group, commands = winner_and_mumbler(policy, monkeypatch, small, small.tasks("train")[0], skill)
+    run.score(group)
+    effect = run.measure(group)
+    assert effect == 1.0 and skill.effects == [[0, 1.0]] and skill.state == "active"
+    rows = run.gate(group, effect)
+    assert [r.prompt for r in rows] == [s.plain for s in group[0].steps] and len(rows) == len(commands)
+    for row, step, command in zip(rows, group[0].steps, commands):
+        assert policy.decode([t for t, g in zip(row.response, row.gate) if g]) == command
+        assert row.response == step.response and row.weight == pytest.approx(min(step.advantage / 2, 1))
+    assert run.gate(group, 0.0) == []                                       # the pair gained nothing
+    skill.effects = [[0, -1.0]]
+    assert run.gate(group, 1.0) == []                                       # the skill is of no use
+    assert run.measure([e for e in group if e.skill is None]) is None
+
+
+@pytest.mark.parametrize("variant, phase, age, solved, recent, active, ends", [
+    ("siri", 0, 3, 40, [0.2, 0.3, 0.4], 0, True), ("siri", 0, 3, 39, [0.2, 0.3, 0.4], 0, False),
+    ("siri", 0, 3, 40, [0.2, 0.3, 0.3], 0, False), ("siri", 0, 2, 40, [0.9, 0.9], 0, False),
+    ("siri", 0, 9, 0, [0.0] * 3, 0, True), ("gigpo", 0, 9, 99, [1.0] * 3, 5, False), ("gigpo", 0, 24, 0, [], 0, True),
+    ("siri", 1, 1, 99, [1.0] * 3, 3, False), ("siri", 1, 1, 0, [], 4, True), ("no_warmup", 1, 9, 0, [], 3, False),
+    ("no_warmup", 1, 16, 0, [], 3, True), ("siri", 2, 7, 99, [1.0] * 3, 5, False), ("siri", 2, 8, 0, [], 0, True)])
+def test_phases_end_by_success_by_active_skills_or_by_budget(policy, variant, phase, age, solved, recent, active, ends):
+    cfg = dataclasses.replace(policy.cfg, variant=variant, n_req=40, floor=0.3, active_req=4, warmup_max=9,
+                              mining_max=7, distill_max=8)
+    run = bare_run(policy, cfg=cfg, bank=bank_with(*["apple"] * active, tau_up=-0.5, n_eval=1, tau_down=-1))
+    for skill in run.bank.skills:
+        run.bank.record(skill, 0.0, 0)
+    run.progress = siri.Progress(iteration=50 + age, phase=phase, phase_start=50, solved=list(map(str, range(solved))),
+                                 recent=recent)
+    assert bool(run.phase_done()) == ends
+    run.cfg = dataclasses.replace(cfg, env_steps=1000)
+    run.progress.env_steps = 1000
+    assert "1000 environment steps" in run.phase_done()
+
+
+def test_every_pass_over_the_training_tasks_is_a_new_permutation(policy):
+    run = bare_run(policy, train_tasks=list("abcdefghij"), cfg=dataclasses.replace(policy.cfg, groups=4))
+    drawn = sum((run.next_tasks() for _ in range(5)), [])
+    assert sorted(drawn[:10]) == sorted(drawn[10:]) == run.train_tasks and drawn[:10] != drawn[10:]
+    again = bare_run(policy, train_tasks=run.train_tasks, cfg=run.cfg)
+    again.progress.cursor = 8                                               # a resumed run draws what comes next
+    assert again.next_tasks() == drawn[8:12]
+
+
+@pytest.mark.parametrize("wins, n", [(0, 8), (8, 8), (3, 120), (60, 120)])
+def test_wilson_interval_solves_its_defining_equation(wins, n):
+    # Its ends are the rates p0 from which the observed rate is 1.96 standard errors *of p0* away.
+    for p0 in siri.wilson(wins, n):
+        assert abs(wins / n - p0) == pytest.approx(1.96 * math.sqrt(p0 * (1 - p0) / n), abs=1e-6) and -1e-9 < p0 < 1 + 1e-9
+
+
+# ---- 16. siri: whole runs --------------------------------------------------------------------------------------------
+
+TIMES = {"seconds", "rollout_s", "update_s", "rollout_tokens_per_s", "update_tokens_per_s", "peak_gib"}
+SMALL = "--preset smoke --name x --model " + TINY
+SMOKE = (SMALL + " --warmup-max 1 --mining-max 2 --distill-max 3 --groups 8 --group-size 2 --mine-wins 8 --active-req 9"
+         " --save-every 4").split()
+
+
+def start(cwd, *args):
+    with (cwd / "out.txt").open("w") as out, (cwd / "err.txt").open("w") as err:
+        return subprocess.Popen([sys.executable, str(HERE / "siri.py"), *args], cwd=cwd, stdout=out, stderr=err,
+                                env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def metrics(cwd):
+    path = cwd / "runs/x/metrics.csv"
+    return list(csv.DictReader(path.open(newline=""))) if path.exists() else []
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Two small runs at once, from the command line: one goes through; one is killed in its sixth and last iteration, when
+    its last checkpoint is from after the fourth, and resumed."""
+    through, broken = (tmp_path_factory.mktemp(name) for name in ("through", "broken"))
+    whole, killed = start(through, *SMOKE), start(broken, *SMOKE)
+    while len(metrics(broken)) < 5 and killed.poll() is None:
+        time.sleep(0.05)
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL, (broken / "err.txt").read_text()
+    last = siri.latest_checkpoint(broken / "runs/x").name
+    resumed = start(broken, "--resume", "runs/x")
+    for process, cwd in ((whole, through), (resumed, broken)):
+        assert process.wait() == 0, (cwd / "err.txt").read_text()
+    assert last == "00004-2"
+    return through, broken
+
+
+def test_a_run_goes_through_all_phases_and_says_so(runs):
+    out = (runs[0] / "out.txt").read_text()
+    first, second = out.splitlines()[:2]
+    assert "GENERATED" in first and "not ALFWorld benchmark scores" in first
+    assert "preset smoke (chosen by --preset)" in second and TINY in second
+    rows = metrics(runs[0])
+    assert [row["phase"] for row in rows] == list("011222") and [row["iteration"] for row in rows] == list("012345")
+    assert all(int(row["n_plain"]) + int(row["n_skill"]) == 16 for row in rows) and rows[0]["n_skill"] == "0"
+    assert sum(int(row["n_skill"]) for row in rows) > 0                                 # some skill was mined and tried
+    assert [int(row["env_steps"]) for row in rows] == sorted(int(row["env_steps"]) for row in rows)
+    assert len(re.findall(r"plain \d\.\d\d±\d\.\d\d \(n \d+\)", out)) == 6              # a dense line an iteration
+    for phase in siri.PHASES:
+        assert f"{phase} ends after" in out
+
+
+LABELS = ["base", "after warm-up", "phase 1 plain", "phase 1 with skills", "final"]
+
+
+def test_a_run_ends_with_a_block_of_results(runs):
+    results = json.loads((runs[0] / "runs/x/results.json").read_text())
+    assert [r["label"] for r in results] == LABELS and [r["skills"] for r in results] == [False] * 3 + [True, False]
+    assert len({r["panel"] for r in results}) == 1 and len({tuple(r["outcomes"]) for r in results}) == 1
+    block = (runs[0] / "out.txt").read_text().partition("results of runs/x")[2]
+    for r in results:
+        assert r["n"] == 8 == sum(kind["n"] for kind in r["kinds"].values())
+        assert r["successes"] == sum(r["outcomes"].values()) == 8 * r["success"]
+        assert r["interval"] == list(siri.wilson(r["successes"], 8))
+        lo, hi = r["interval"]
+        assert re.search(rf"{r['label']} +success {r['success']:.3f} \[{lo:.3f}, {hi:.3f}\]  n 8 ", block)
+
+
+def test_a_run_folder_holds_what_the_readme_promises(runs):
+    folder = runs[0] / "runs/x"
+    saved = json.loads((folder / "config.json").read_text())
+    assert saved == dataclasses.asdict(siri.resolve(siri.parse_arguments(SMOKE)[1])[0])
+    bank, rows = SkillBank.from_json(json.loads((folder / "skills.json").read_text())), metrics(runs[0])
+    assert bank.counts() == {state: int(rows[-1][f"skills_{state}"]) for state in skills.STATES}
+    assert sum(skill.n for skill in bank.skills) == sum(int(row["n_skill"]) for row in rows)       # one each, half of two
+    assert sum(int(row["mined"]) for row in rows) == len(bank.skills) > 0
+    last = siri.latest_checkpoint(folder)
+    assert {p.name for p in last.iterdir()} >= {"adapter_model.safetensors", "adapter_config.json", "progress.json",
+                                                "optimizer.safetensors", "skills.json"}
+    assert not list(last.glob("model*.safetensors")) and len(list(last.parent.iterdir())) == 2
+    sample = (folder / "samples/0000.txt").read_text()
+    assert "<think>" in sample and "reward" in sample and "put " in sample
+
+
+def test_a_killed_run_resumes_to_the_same_bytes(runs):
+    """4 + 2 = 6 iterations: weights, optimizer, bank, progress, results and metrics, all but times."""
+    through, broken = (cwd / "runs/x" for cwd in runs)
+    for name in ("adapter_model.safetensors", "optimizer.safetensors", "skills.json"):
+        assert (siri.latest_checkpoint(through) / name).read_bytes() == (siri.latest_checkpoint(broken) / name).read_bytes()
+    assert (through / "skills.json").read_bytes() == (broken / "skills.json").read_bytes()
+    for a, b in zip(*([{k: v for k, v in row.items() if k not in TIMES} for row in metrics(cwd)] for cwd in runs)):
+        assert a == b
+    progress, results = ([json.loads((f / name).read_text()) for f in (through, broken)] for name in (
+        f"checkpoints/{siri.latest_checkpoint(through).name}/progress.json", "results.json"))
+    for a, b in (progress, *zip(*results)):
+        assert {**a, "seconds": 0} == {**b, "seconds": 0}
+
+
+def test_evaluating_a_run_repeats_its_last_result(runs, monkeypatch, capsys):
+    monkeypatch.chdir(runs[0])
+    monkeypatch.setattr(siri, "add_result", lambda folder, result: added.append(result))
+    added = []
+    assert siri.main(["--eval", "runs/x"]) == 0 and siri.main(["--eval", "runs/x", "--with-skills"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("ALFWorld: small GENERATED games") and len(re.findall(r"success .* n \d", out)) > 4
+    final = json.loads(Path("runs/x/results.json").read_text())[-1]
+    plain, skilled = added
+    assert plain["outcomes"] == final["outcomes"] and plain["mean_steps"] == final["mean_steps"]
+    assert (plain["skills"], skilled["skills"]) == (False, True) and skilled["panel"] == plain["panel"] == final["panel"]
+
+
+@pytest.mark.parametrize("variant, phases, labels", [
+    ("gigpo", "000", ["base", "final"]), ("no_warmup", "112", ["base", *LABELS[2:]])])
+def test_variants_leave_phases_out_and_have_the_same_budget(tmp_path, monkeypatch, variant, phases, labels):
+    monkeypatch.chdir(tmp_path)
+    assert siri.main(f"{SMALL} --variant {variant} --warmup-max 1 --mining-max 1 --distill-max 1 --panel 2 --groups 1 "
+                     "--active-req 9".split()) == 0
+    assert [row["phase"] for row in metrics(tmp_path)] == list(phases)
+    assert [r["label"] for r in json.loads(Path("runs/x/results.json").read_text())] == labels
+
+
+def test_a_budget_of_environment_steps_ends_the_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert siri.main(f"{SMALL} --env-steps 1 --panel 2 --groups 1".split()) == 0
+    assert len(metrics(tmp_path)) == 1 and "the budget of 1 environment steps is spent" in capsys.readouterr().out
+    assert [r["label"] for r in json.loads(Path("runs/x/results.json").read_text())] == ["base", "final"]
+
+
+# ---- 17. siri: bad input ---------------------------------------------------------------------------------------------
+
+def refusal(capsys, *args):
+    """Run the program; its whole standard error must be one line of complaint."""
+    capsys.readouterr()
+    assert siri.main(list(args)) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("siri: ") and err.endswith("\n") and err.count("\n") == 1, err
+    return err
+
+
+no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+
+
+@pytest.mark.parametrize("args, says", [
+    ("--grup-size 4", "--grup-size: unknown flag; did you mean --group-size?"), ("--xyzzy", "--xyzzy: unknown flag"),
+    ("--groups four", "--groups.*'four'"), ("--lr", "--lr"), ("--lr 1e-3x", "--lr.*'1e-3x'"), ("train", "train"),
+    ("--preset nonsense", "--preset nonsense: .*paper.*tiny.*smoke"), ("--variant grpo", "--variant grpo: .*no_warmup"),
+    ("--env webshop9", "--env webshop9: .*alfworld"), ("--split test", "--split test: .*valid_unseen"),
+    (SMALL + " --group-size 3", "--group-size 3: .*use 4"), (SMALL + " --group-size 0", "--group-size 0"),
+    (SMALL + " --group-size 1 --variant gigpo", "--group-size 1: .*at least 2"),
+    (SMALL + " --lr nan", "--lr nan"), (SMALL + " --lr inf", "--lr inf"), (SMALL + " --lr -1", "--lr -1"),
+    (SMALL + " --temperature 0", "--temperature 0"), (SMALL + " --max-steps 0", "--max-steps 0"),
+    (SMALL + " --seed -1", "--seed -1"), (SMALL + " --penalty-inside", "--penalty-inside: .*--baseline steps"),
+    (SMALL + " --dual-clip 0.5", "--dual-clip 0.5"), (SMALL + " --tau-down 1 --tau-up 0", "--tau-down 1.0"),
+    (SMALL + " --gamma 1.5", "--gamma 1.5"), (SMALL + " --alfworld-data .", "--alfworld-data.*--preset paper"),
+    (SMALL + " --model nowhere/nothing", "--model nowhere/nothing"), ("--with-skills", "--with-skills: .*--eval"),
+    ("--eval a --resume b", "--eval and --resume"), ("--eval nowhere", "nowhere: holds no checkpoint"),
+    ("--resume nowhere", "nowhere: holds no checkpoint"),
+    pytest.param("--preset paper", "4-bit .*--no-four-bit.*--preset tiny", marks=no_cuda),
+    pytest.param(SMALL + " --four-bit", "4-bit .*--no-four-bit", marks=no_cuda)])
+def test_bad_flags_get_one_line_that_names_the_culprit(tmp_path, monkeypatch, capsys, args, says):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert re.search(says, refusal(capsys, *args.split()))
+    assert not (tmp_path / "runs/x/config.json").exists()             # the same name can be used for the next attempt
+
+
+def test_a_refusal_on_the_command_line_has_no_traceback_and_exit_code_2(tmp_path):
+    process = start(tmp_path, "--grup-size", "4")
+    assert process.wait() == 2 and (tmp_path / "out.txt").read_text() == ""
+    assert (tmp_path / "err.txt").read_text() == "siri: --grup-size: unknown flag; did you mean --group-size?\n"
+
+
+@pytest.mark.parametrize("make, says", [
+    (lambda root: None, "json_2.1.1 is not a folder"),
+    (lambda root: (root / "json_2.1.1").mkdir(parents=True), "no ALFWorld games in .*train"),
+    (lambda root: make_folder(root, lambda text: text[:9000]), r"train/\S*/game.tw-pddl is not an ALFWorld game")])
+def test_bad_data_folders_are_named(tmp_path, monkeypatch, capsys, stranger_folder, make, says):
+    monkeypatch.chdir(tmp_path)
+    make(tmp_path / "data")
+    err = refusal(capsys, "--preset", "paper", "--no-four-bit", "--model", str(stranger_folder), "--alfworld-data",
+                  str(tmp_path / "data"), "--name", "x")
+    assert re.search(says, err) and "alfworld-download" in err and not (tmp_path / "runs/x/config.json").exists()
+
+
+@pytest.fixture()
+def copied_run(runs, tmp_path, monkeypatch):
+    shutil.copytree(runs[0] / "runs", tmp_path / "runs")
+    monkeypatch.chdir(tmp_path)
+    return Path("runs/x")
+
+
+def test_the_name_of_a_run_is_used_once(copied_run, capsys):
+    err = refusal(capsys, *SMOKE)
+    assert "runs/x already holds a run" in err and "--resume runs/x" in err and "--name" in err
+
+
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "adapter_config.json", "optimizer.safetensors",
+                                  "progress.json", "skills.json", "config.json"])
+@pytest.mark.parametrize("damage", ["cut", "missing", "other"])
+def test_a_damaged_checkpoint_is_named(copied_run, capsys, file, damage):
+    path = (copied_run if file == "config.json" else siri.latest_checkpoint(copied_run)) / file
+    if damage == "missing":
+        path.unlink()
+    elif damage == "cut":
+        path.write_bytes(path.read_bytes()[:len(path.read_bytes()) // 2])
+    else:
+        path.write_text('{"a": 1}')
+    capsys.readouterr()
+    assert siri.main(["--resume", str(copied_run)]) == 2
+    err = capsys.readouterr().err.splitlines()
+    assert err[-1].startswith("siri: ") and str(copied_run) in err[-1] and not any("Traceback" in line for line in err)
+
+
+def test_no_room_and_no_permission_are_said_at_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as full:
+        full.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 10**6))
+        assert re.search("runs/x: 0.00 GiB free.*make room", refusal(capsys, *SMOKE))
+    shutil.rmtree("runs")
+    Path("runs").write_text("a file")
+    assert re.search("runs/x: cannot be written", refusal(capsys, *SMOKE))
+
+
+# ---- 18. What the documentation promises -----------------------------------------------------------------------------
+
+README = (HERE / "README.md").read_text() if (HERE / "README.md").exists() else ""
+COMMANDS = [line.strip() for block in re.findall(r"```bash\n(.*?)```", README.replace("\\\n", " "), re.S)
+            for line in re.split(r"\n|&&", block) if line.strip() and not line.strip().startswith("#")]
+
+
+@pytest.mark.parametrize("module", [gigpo, distill, skills, envs, siri], ids=lambda module: module.__name__)
+def test_examples_in_docstrings_run(module):
+    result = doctest.testmod(module)
+    assert result.attempted > 0 and result.failed == 0
+
+
+@pytest.mark.parametrize("name", ["gigpo", "distill", "skills"])
+def test_the_mathematics_is_pure(name):
+    """No imports of the other modules, no files, no printing, no clocks, no hidden random numbers."""
+    tree = ast.parse((HERE / f"{name}.py").read_text())
+    imported = {alias.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import)
+                for alias in node.names} | {node.module.split(".")[0] for node in ast.walk(tree)
+                                            if isinstance(node, ast.ImportFrom)}
+    assert imported <= {"__future__", "collections", "dataclasses", "difflib", "math", "re", "textwrap", "typing", "numpy",
+                        "torch"}
+    called = {node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
+    assert not called & {"open", "print", "input", "eval", "exec"}
+    assert not any(isinstance(node, ast.Global) for node in ast.walk(tree))
+
+
+def test_the_readme_has_the_command_that_trains_and_the_one_that_tests():
+    assert any(command.startswith("python siri.py --env alfworld") for command in COMMANDS)
+    assert re.search(r"^python -m pytest.*$", README, re.M)                    # the line that .ci/run takes from there
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_readme_commands_are_valid(command):
+    words = [word for word in shlex.split(command, comments=True) if not re.fullmatch(r"\w+=\S*", word)]
+    for word in words[1:]:
+        assert not re.fullmatch(r"[\w/]+\.(py|txt|ipynb|md)", word) or (HERE / word).exists(), word
+    if words[:2] == ["python", "siri.py"]:
+        chosen, given = siri.parse_arguments(words[2:])
+        if not (chosen.eval or chosen.resume or given.get("preset", "").startswith("paper")):
+            siri.resolve(given)
+
+
+def test_readme_names_exist():
+    """Files, functions, tests and flags in back-quotes."""
+    options = siri.parse_arguments.__globals__["Config"].__dataclass_fields__
+    modules = dict(gigpo=gigpo, distill=distill, skills=skills, envs=envs, siri=siri)
+    assert "`gigpo." in README and "`test_" in README
+    for name in re.findall(r"`([^`\n]+)`", README):
+        if match := re.fullmatch(r"(gigpo|distill|skills|envs|siri)\.(\w+)(\.\w+)?(\(.*\))?", name):
+            assert match[2] == "py" or hasattr(modules[match[1]], match[2]), name
+        if re.fullmatch(r"test_\w+", name) and name != "test_siri":
+            assert name in globals(), name
+        if re.fullmatch(r"[\w./-]+\.(py|txt|ipynb)", name):
+            assert (HERE / name).exists(), name
+        if match := re.fullmatch(r"--(no-)?([a-z-]+)( .*)?", name):
+            flag = match[2].replace("-", "_")
+            assert flag in options or flag in ("resume", "eval", "with_skills", "check"), name
