@@ -444,7 +444,7 @@ class AlfWorld:
         """Small generated games in the household with this number."""
         notice = (f"ALFWorld: small GENERATED games in household {seed}, played on TextWorld's engine. "
                   "Their scores are not ALFWorld benchmark scores.")
-        home = Household(seed)
+        home = Household(seed, share=0.5)           # a dozen object classes: enough to learn in minutes
         return cls(notice, {split: GeneratedTasks(split, 0, home) for split in SPLIT_COUNTS}, max_steps)
 
     def tasks(self, split: str) -> Sequence[Task]:
@@ -611,12 +611,14 @@ class Household:
     occur in no other split.
     """
 
-    def __init__(self, seed: int, loyalty: float = 0.9):
-        rng = random.Random(f"household/{seed}")
+    def __init__(self, seed: int, loyalty: float = 0.9, share: float = 1.0):
+        rng, stock = random.Random(f"household/{seed}"), random.Random(f"household/{seed}/objects")
         self.seed, self.loyalty = seed, loyalty     # loyalty: the chance that an object is in its usual place
+        self.objects = {room: sorted(stock.sample(objects, round(share * len(objects))))    # share: of all classes
+                        for room, (_, _, objects) in ROOMS.items()}
         self.habit = {o: rng.choice(places) for places, _, objects in ROOMS.values() for o in objects}
-        self.unseen = {(rng.choice(objects), "DeskLamp") for _, _, objects in ROOMS.values()}
-        for room, (_, _, objects) in ROOMS.items():
+        self.unseen = {(rng.choice(objects), "DeskLamp") for objects in self.objects.values()}
+        for room, objects in self.objects.items():
             self.unseen |= {(o, p) for o in objects for p in rng.sample(self.destinations(room, o), 2)}
 
     def destinations(self, room: str, target: str) -> list[str]:
@@ -625,7 +627,7 @@ class Household:
     def scene(self, rng: random.Random, split: str) -> tuple[Scene, str]:
         kind = rng.choice(list(KIND_COUNTS))
         room = rng.choice([r for r in ROOMS if r in wheel().rooms[kind]])
-        places, appliances, classes = ROOMS[room]
+        places, appliances, classes = *ROOMS[room][:2], self.objects[room]
         lit, (affordance, machine, *_) = kind == "look_at_obj_in_light", PROCESSES.get(kind, (None, None))
         target, destination = rng.choice([
             (o, p) for o in classes for p in (["DeskLamp"] if lit else self.destinations(room, o))

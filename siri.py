@@ -23,6 +23,7 @@ import resource
 import shutil
 import sys
 import time
+import warnings
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -138,8 +139,8 @@ class Config:
     lambda_max: float = 1.0             # S10 [O]
     lambda_warm: int = 3                # K_warm, iterations, S10 [O]
     distill_rows: int = 64              # gated steps per optimizer step [O]
-    distill_epochs: int = 4             # passes over the gated steps of an iteration's window [O]
-    distill_window: int = 4             # iterations whose gated steps are kept [O]
+    distill_epochs: int = 1             # passes over the gated steps of an iteration's window [O]
+    distill_window: int = 12            # iterations whose gated steps are kept [O]
     distill_min: int = 64               # gated steps before any internalization [O]
     distill_lr: float = 1e-5            # learning rate of phase 2 [O]
     # run
@@ -155,9 +156,9 @@ class Config:
 
 TINY = dict(
     model="assets/tiny", four_bit=False, compact=True, prompt_style="compact", max_steps=10, lora_r=16, lora_alpha=32,
-    max_prompt=512, max_response=24, eval_temperature=1.0, gen_rows=256, update_tokens=4096, groups=8, lr=1e-3,
-    minibatch=4096, warmup_max=16, n_req=40, floor=0.3, mining_max=24, mine_every=1, mine_wins=32, n_eval=3,
-    kappa=1.0, active_req=24, distill_max=8, distill_lr=1e-3, distill_epochs=4, panel=120, sample_every=5)
+    max_prompt=512, max_response=24, eval_temperature=1.0, gen_rows=256, update_tokens=4096, groups=8, lr=2e-3,
+    minibatch=4096, invalid_penalty=0.5, warmup_max=16, n_req=40, floor=0.4, mining_max=14, mine_every=1, mine_wins=32,
+    n_eval=3, kappa=1.0, active_req=14, distill_max=8, distill_lr=1e-3, panel=120, sample_every=5)
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},                                                           # one 24 GB GPU
     "paper48": dict(groups=8, gen_rows=128, update_tokens=16384),          # one 48 GB GPU
@@ -224,7 +225,9 @@ class Policy:
     def __init__(self, cfg: Config, adapter: Path | None = None):
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
-        from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerFast
+        from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerFast, logging
+        logging.disable_progress_bar()
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")      # peft's to mend
         self.cfg = cfg
         self.device = "cuda" if torch.cuda.is_available() and not cfg.compact else "cpu"
         shipped = HERE / cfg.model                      # assets/tiny is found from any working directory
@@ -597,7 +600,7 @@ class Run:
             self.score(group)
         effects = [self.measure(group) for group in groups]
         rl = [Row(s.prompt, s.response, s.advantage) for group in groups for e in group for s in e.steps]
-        internal, lam = self.internal_rows(groups, effects) if p.phase == 2 else ([], 0.0)
+        internal, lam = self.internal_rows(groups, effects)
         for g in self.optimizer.param_groups:
             g["lr"] = cfg.distill_lr if internal else cfg.lr
         stats = update(self.policy, self.optimizer, rl, internal, lam, cfg, np.random.default_rng([cfg.seed, 2, p.iteration]))
@@ -630,12 +633,13 @@ class Run:
         return [g for g in groups if g], failures
 
     def internal_rows(self, groups: list[list[Episode]], effects: list[float | None]) -> tuple[list[Row], float]:
-        """The gated steps of the last `distill_window` iterations and lambda (S10); none while there are too few."""
+        """The gated steps of the last `distill_window` iterations, those of phase 1 included, and lambda (S10).
+        None before phase 2, and while there are too few."""
         cfg, p = self.cfg, self.progress
         fresh = [row for group, effect in zip(groups, effects) if effect is not None for row in self.gate(group, effect)]
         p.gated = (p.gated + [[dataclasses.asdict(row) for row in fresh]])[-cfg.distill_window:]
         rows = [Row(**row) for part in p.gated for row in part]
-        if sum(row.weight > 0 for row in rows) < cfg.distill_min:
+        if p.phase < 2 or sum(row.weight > 0 for row in rows) < cfg.distill_min:
             return [], 0.0
         return rows, distill.lambda_schedule(p.iteration - p.phase_start + 1, cfg.lambda_max, cfg.lambda_warm)
 
@@ -1100,7 +1104,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if chosen.resume:
             folder = Path(chosen.resume)
             checkpoint = latest_checkpoint(folder)
-            run = Run(load_config(folder, given), folder, "saved with the run", checkpoint)
+            cfg = load_config(folder, given)
+            run = Run(cfg, folder, "saved with the run", checkpoint)
+            write_json(folder / "config.json", dataclasses.asdict(cfg))
         else:
             cfg, reason = resolve(given)
             cfg.name = cfg.name or f"{cfg.env}-{cfg.preset}-{cfg.variant}-seed{cfg.seed}"
