@@ -3,6 +3,11 @@
 An environment is a set of *tasks* and a way to play them. Playing is functional: `game.step(state, action)`
 returns a new `State` and never changes the old one, so the rollouts of a group share one engine, start in the
 same state by construction, and can be replayed or branched at will.
+
+>>> world = make("alfworld", compact=True)
+>>> with world.open(world.tasks("train")[0]) as game:
+...     game.step(game.start, "fly away").observation
+'Nothing happens.'
 """
 
 from __future__ import annotations
@@ -456,7 +461,7 @@ class AlfWorld:
             data = pddl_game(task.data) if isinstance(task.data, Scene) else json.loads(task.data.read_text("utf-8"))
             return AlfGame(self, task, data)
         except Exception as error:                  # whatever is wrong with a file from elsewhere, say which file it is
-            raise ValueError(f"{task.id} is not a sound ALFWorld game ({type(error).__name__}: {error}); "
+            raise ValueError(f"{task.id} is not a sound ALFWorld game ({type(error).__name__}: {' '.join(str(error).split())}); "
                              "get it again with `alfworld-download`") from error
 
 

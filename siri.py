@@ -208,6 +208,12 @@ def resolve(overrides: dict[str, Any]) -> tuple[Config, str]:
     if cfg.four_bit and not cuda:
         raise UserError(f"4-bit weights need a CUDA device and none was found: add --no-4bit, or use --preset tiny "
                         f"(this is preset {preset})")
+    if cfg.gamma > 1:
+        raise UserError(f"--gamma {cfg.gamma}: a discount lies between 0 and 1")
+    if 0 < cfg.dual_clip <= 1:
+        raise UserError(f"--dual-clip {cfg.dual_clip}: must be above 1, or 0 for none")
+    if cfg.tau_down > cfg.tau_up:
+        raise UserError(f"--tau-down {cfg.tau_down}: must not be above --tau-up {cfg.tau_up}")
     if cfg.penalty_inside and cfg.baseline != "steps":
         raise UserError("--penalty-inside: the release's penalty is per step row; add --baseline steps")
     if cfg.compact and cfg.alfworld_data:
@@ -225,6 +231,7 @@ class Policy:
     def __init__(self, cfg: Config, adapter: Path | None = None):
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         from peft import LoraConfig, PeftModel, get_peft_model
+        from safetensors import SafetensorError
         from transformers import (AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig,
                                   PreTrainedTokenizerFast, logging)
         logging.disable_progress_bar()
@@ -244,16 +251,16 @@ class Policy:
             custom = config.exists() and json.loads(config.read_text()).get("tokenizer_class") in (
                 "TokenizersBackend", "PreTrainedTokenizerFast")
             self.tokenizer = (PreTrainedTokenizerFast if custom else AutoTokenizer).from_pretrained(source, **kwargs)
+            if not self.tokenizer.chat_template:
+                raise UserError(f"--model {cfg.model}: its tokenizer has no chat template; use an instruct model")
             quant = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                                        bnb_4bit_compute_dtype=torch.bfloat16) if cfg.four_bit else None
             model = AutoModelForCausalLM.from_pretrained(
                 source, dtype=torch.bfloat16 if self.device == "cuda" else torch.float32, quantization_config=quant,
                 device_map={"": self.device} if self.device == "cuda" else None, use_safetensors=True, **kwargs)
-        except (OSError, ValueError) as e:
+        except (OSError, ValueError, SafetensorError) as e:
             raise UserError(f"--model {cfg.model}: could not be loaded ({str(e).splitlines()[0]}); give a hub id that "
                             "this machine can reach, or a local folder") from e
-        if not self.tokenizer.chat_template:
-            raise UserError(f"--model {cfg.model}: its tokenizer has no chat template; use an instruct model")
         if self.device == "cuda":           # peft's prepare_model_for_kbit_training would also turn the bf16 embeddings
             model.gradient_checkpointing_enable({"use_reentrant": False})       # into fp32: 2.2 GiB more for a 7B model
             model.enable_input_require_grads()
@@ -263,7 +270,14 @@ class Policy:
                 r=cfg.lora_r, lora_alpha=cfg.lora_alpha, lora_dropout=0.0, target_modules="all-linear",
                 task_type="CAUSAL_LM"))
         else:
-            self.model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
+            try:
+                for name in ("adapter_config.json", "adapter_model.safetensors"):
+                    if not (adapter / name).exists():
+                        raise OSError(f"{name} is missing")
+                self.model = PeftModel.from_pretrained(model, str(adapter), is_trainable=True)
+            except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as e:
+                raise UserError(f"{adapter}: its adapter cannot be loaded ({' '.join(str(e).split())[:200]}); use another "
+                                "checkpoint") from e
         self.model.eval()
         self.vocab = len(self.tokenizer)        # ids from here on are padding of the weight matrix, never sampled
         self.specials = sorted(set(self.tokenizer.all_special_tokens) | {
@@ -353,6 +367,7 @@ class Step:
     observation: str
     anchor: str
     plain: list[int] | None     # the same step's prompt without the skill (S9); None when there was no skill
+    result: str                 # the observation that followed
     reward: float = 0.0
     valid: bool = True
     advantage: float = 0.0      # G6
@@ -380,7 +395,10 @@ def fit_prompt(policy: Policy, task: envs.Task, state: envs.State, turns: list[e
         keep //= 2
         cut = dataclasses.replace(state, observation=state.observation[:keep])
         ids = policy.encode(envs.render_prompt(task.goal, cut, turns, skill=skill, style=cfg.prompt_style, window=0))
-    return ids[-cfg.max_prompt:]
+    if len(ids) > cfg.max_prompt:
+        raise UserError(f"--max-prompt {cfg.max_prompt}: too short for the task, the skill and the actions of {task.id} "
+                        f"({len(ids)} tokens)")
+    return ids
 
 
 def rollout(policy: Policy, env: envs.Environment, plan: Sequence[tuple[envs.Task, Sequence[skills.Skill | None]]],
@@ -421,8 +439,8 @@ def rollout(policy: Policy, env: envs.Environment, plan: Sequence[tuple[envs.Tas
                 fail(g, error)
                 continue
             plain = fit_prompt(policy, e.task, state, turns, None) if e.skill else None
-            e.steps.append(Step(prompt, ids, text, action, state.observation, state.anchor, plain, after.reward,
-                                bool(action) and after.valid))
+            e.steps.append(Step(prompt, ids, text, action, state.observation, state.anchor, plain, after.observation,
+                                after.reward, bool(action) and after.valid))
             e.success |= after.success
             if not after.done:
                 going.append((g, e, after, turns + [envs.Turn(state.observation, action)]))
@@ -650,7 +668,7 @@ class Run:
         p.solved += [task for task in shortest if task not in p.solved]
         p.recent = (p.recent + [mean(e.success for e in plain)])[-3:]
         if cfg.variant != "gigpo" and p.phase < 2:
-            p.wins = (p.wins + [dict(task=e.task.id, goal=e.task.goal, steps=[[s.action, s.observation] for s in e.steps])
+            p.wins = (p.wins + [dict(task=e.task.id, goal=e.task.goal, steps=[[s.action, s.result] for s in e.steps])
                                 for e in shortest.values()])[-cfg.mine_wins:]
 
     def count_failures(self, failures: list[str], n_groups: int) -> None:
@@ -681,7 +699,11 @@ class Run:
             return None
         effect = skills.paired_effect([float(e.success) for e in guided],
                                       [float(e.success) for e in group if e.skill is None])
-        self.bank.record(guided[0].skill, effect, self.progress.iteration)
+        skill, before, kappa = guided[0].skill, guided[0].skill.state, self.cfg.kappa
+        if self.bank.record(skill, effect, self.progress.iteration) != before:
+            error = skill.stderr(kappa)
+            tqdm.write(f"     {skill.state}: {skill.text}  (utility {skill.utility(kappa):.2f}"
+                       f"{'' if error is None else f'±{error:.2f}'}, n {skill.n})")
         return effect
 
     def mine(self) -> int:
@@ -696,7 +718,8 @@ class Run:
         for win, ids in zip(wins, self.policy.generate(prompts, cfg.temperature, max(cfg.max_response // 2, 24))):
             try:
                 condition, strategy = skills.parse_skill(self.policy.decode(ids), max_words=cfg.skill_words)
-                self.bank.add(condition, strategy, p.iteration, win["task"])
+                skill = self.bank.add(condition, strategy, p.iteration, win["task"])
+                tqdm.write(f"     mined: {skill.text}")
                 accepted += 1
             except skills.SkillRejected as e:
                 self.bank.reject(e.reason)
@@ -743,13 +766,17 @@ class Run:
                 "no_warmup": [0, limits[0] + limits[1], limits[2]]}[cfg.variant][phase]
 
     def train(self) -> None:
-        cfg, p = self.cfg, self.progress
+        p = self.progress
         if p.iteration == 0:
             self.evaluate("base")
             save_checkpoint(self)
         total = p.iteration + self.phase_limit(p.phase) - (p.iteration - p.phase_start) + sum(
             self.phase_limit(k) for k in range(p.phase + 1, 3))
-        bar = tqdm(total=total, initial=p.iteration, desc=PHASES[p.phase], unit="it", dynamic_ncols=True)
+        with tqdm(total=total, initial=p.iteration, desc=PHASES[p.phase], unit="it", dynamic_ncols=True) as bar:
+            self.loop(bar)
+
+    def loop(self, bar: tqdm) -> None:
+        p = self.progress
         while not p.finished:
             if reason := self.phase_done():
                 save_checkpoint(self)
@@ -762,10 +789,9 @@ class Run:
                             tok_s=f"{row['rollout_tokens_per_s']:.0f}", refresh=False)
             bar.update()
             tqdm.write(dense_line(row))
-            if p.iteration % cfg.save_every == 0:
+            if p.iteration % self.cfg.save_every == 0:
                 save_checkpoint(self)
         bar.total = bar.n
-        bar.close()
 
     def end_phase(self, reason: str, bar: tqdm) -> None:
         """Evaluate what the phase reached, say why it ended, move on."""
@@ -979,14 +1005,22 @@ def latest_checkpoint(folder: Path) -> Path:
     return found[-1]
 
 
+def load_bank(path: Path) -> skills.SkillBank:
+    try:
+        return skills.SkillBank.from_json(read_json(path / "skills.json"))
+    except ValueError as e:
+        raise UserError(f"{path}/skills.json: {e}; use another checkpoint") from e
+
+
 def load_checkpoint(run: Run, path: Path) -> None:
     """The inverse of `save_checkpoint`; the adapter was loaded with the policy. Later rows of metrics.csv are cut off."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
+    run.bank = load_bank(path)
     try:
         tensors = load_file(path / "optimizer.safetensors")
         run.progress = Progress(**read_json(path / "progress.json"))
-        run.bank = skills.SkillBank.from_json(read_json(path / "skills.json"))
-    except (OSError, TypeError, ValueError) as e:
+    except (OSError, TypeError, ValueError, SafetensorError) as e:
         raise UserError(f"{path}: not a checkpoint of this program ({e}); resume from another one") from e
     state: dict[int, dict[str, torch.Tensor]] = defaultdict(dict)
     for key, value in tensors.items():
@@ -1060,7 +1094,7 @@ def load_config(folder: Path, changes: dict[str, Any]) -> Config:
 def prepare_folder(cfg: Config) -> Path:
     """Make the run folder, and find out now whether it can be written to and has room."""
     folder = Path("runs") / cfg.name
-    if (folder / "config.json").exists():
+    if any((folder / "checkpoints").glob("[0-9]*")):
         raise UserError(f"{folder} already holds a run: go on with --resume {folder}, or give another --name")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -1091,9 +1125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             cfg = load_config(folder, given)
             env = make_environment(cfg)
             print(env.notice)
-            bank = None
-            if chosen.with_skills:
-                bank = skills.SkillBank.from_json(read_json(checkpoint / "skills.json"))
+            bank = load_bank(checkpoint) if chosen.with_skills else None
             label = "eval with skills" if bank else "eval"
             result = evaluate(Policy(cfg, checkpoint), env, panel_tasks(cfg, env), cfg, label, bank)
             result |= dict(checkpoint=str(checkpoint.name), iteration=int(checkpoint.name.split("-")[0]))

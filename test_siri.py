@@ -1317,6 +1317,25 @@ def some_rows(policy):
             for n, m, a in ((1, 4, 1.0), (40, 4, -0.5), (3, 9, 2.0), (20, 1, 0.3), (7, 4, -1.0))]
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_generating_leaves_the_gradients_of_4bit_layers_alone(stranger_folder):
+    """Some 4-bit kernels repack the weights on the first generation and lose their autograd."""
+    policy = awake(siri.Policy(stranger_config(stranger_folder, four_bit=True)))
+    rows = some_rows(policy)
+
+    def gradient():
+        policy.model.train()
+        policy.logprobs(rows)[0].sum().backward()
+        policy.model.eval()
+        flat = torch.cat([p.grad.flatten() for p in policy.trainable]).clone()
+        policy.model.zero_grad()
+        return flat
+
+    before = gradient()
+    policy.generate([row.prompt for row in rows], 1.0, 4)
+    assert torch.nn.functional.cosine_similarity(before, gradient(), dim=0) > 0.999
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_the_sampled_policy_is_the_trained_one(stranger, monkeypatch, temperature):
     """Frequencies of 4,000 sampled tokens against `logprobs`, by chi-square; a model's generation_config has no say."""
