@@ -20,6 +20,7 @@ import os
 import random
 import re
 import sys
+import zlib
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -198,7 +199,7 @@ def _expression(text: str) -> Any:
 
 class _World(NamedTuple):
     """A translated game: Fast Downward's input, and what the text needs to know about it."""
-    sas: bytes
+    sas: bytes                                      # compressed: a full game's is near a megabyte, and many are kept
     facts: dict[str, set[tuple[str, ...]]]
     types: dict[str, str]                           # object -> type
     supertypes: dict[str, set[str]]                 # type -> itself and its supertypes
@@ -219,7 +220,7 @@ def _translate(domain: str, problem: str) -> _World:
     for atom in task.init:
         if isinstance(atom, tw.Atom) and atom.predicate != "=":
             facts[atom.predicate].add(tuple(atom.args))
-    return _World(sas.encode(), dict(facts), {o.name: o.type_name for o in task.objects},
+    return _World(zlib.compress(sas.encode(), 1), dict(facts), {o.name: o.type_name for o in task.objects},
                   {t.name: {t.name, *t.supertype_names} for t in task.types},
                   {a.name: [(p.name.strip("?"), p.type_name) for p in a.parameters] for a in task.actions})
 
@@ -246,7 +247,7 @@ class AlfEngine:
     def load(self, data: Mapping[str, Any]) -> None:
         self.world = _translate(data["pddl_domain"], data["pddl_problem"])
         self.logic, goal = _grammar(data["grammar"])
-        self.lib.load_sas(self.world.sas)
+        self.lib.load_sas(zlib.decompress(self.world.sas))
         facts = defaultdict(set, {name: set(rows) for name, rows in self.world.facts.items()})
         atoms = (self.fd.Atom * self.lib.get_state_size())()
         self.lib.get_state(atoms)

@@ -2057,7 +2057,7 @@ def test_readme_names_exist():
     assert "`gigpo." in README and "`test_" in README
     for name in re.findall(r"`([^`\n]+)`", README):
         if match := re.fullmatch(r"(gigpo|distill|skills|envs|siri)\.(\w+)(\.\w+)?(\(.*\))?", name):
-            assert match[2] == "py" or hasattr(modules[match[1]], match[2]), name
+            assert match[2] in ("py", "json") or hasattr(modules[match[1]], match[2]), name
         if re.fullmatch(r"test_\w+", name) and name != "test_siri":
             assert name in globals(), name
         if re.fullmatch(r"[\w./-]+\.(py|txt|ipynb)", name):
