@@ -446,11 +446,12 @@ class AlfWorld:
         return cls(notice, {split: GeneratedTasks(split, seed) for split in SPLIT_COUNTS}, max_steps)
 
     @classmethod
-    def household(cls, seed: int = 0, *, max_steps: int = 10) -> "AlfWorld":
-        """Small generated games in the household with this number."""
+    def household(cls, seed: int = 0, *, max_steps: int = 10, share: float = 0.5) -> "AlfWorld":
+        """Small generated games in the household with this number. `share` of all object classes occur in it: half of
+        them, a dozen, can be learnt about in minutes."""
         notice = (f"ALFWorld: small GENERATED games in household {seed}, played on TextWorld's engine. "
                   "Their scores are not ALFWorld benchmark scores.")
-        home = Household(seed, share=0.5)           # a dozen object classes: enough to learn in minutes
+        home = Household(seed, share=share)
         return cls(notice, {split: GeneratedTasks(split, 0, home) for split in SPLIT_COUNTS}, max_steps)
 
     def tasks(self, split: str) -> Sequence[Task]:

@@ -1,6 +1,6 @@
 """Makes assets/tiny/: the small policy that `python siri.py --env alfworld` starts from on a laptop.
 
-    python notebooks/make_tiny.py                 about 25 minutes on 2 cores; the same weights for the same versions
+    python notebooks/make_tiny.py                 about 20 minutes on one core
 
 A Qwen2 network of about a million parameters learns, by imitation, to read the compact prompt, to act in it, to follow a
 skill and to write one. Its teacher is a player with common sense, no memory and no luck, in *other* households than the
@@ -130,7 +130,7 @@ def collect(households: int, games: int, seed: int, max_steps: int) -> list[tupl
     lessons, outcomes = [], defaultdict(list)
     for h in tqdm(range(households), desc="playing"):
         home = 1_000_000 + h                                          # siri.py's households are its seeds, far below
-        env = envs.make("alfworld", compact=True, seed=home, max_steps=max_steps)
+        env = envs.AlfWorld.household(home, max_steps=max_steps, share=1.0)
         tasks = env.tasks("train")
         for i in range(games):
             task = tasks[i]
@@ -232,7 +232,6 @@ def train(model, tokenizer, rows, steps: int, lr: float, tokens: int, prompt_los
         optimizer.zero_grad(set_to_none=True)
         if step % 50 == 0:
             bar.set_postfix(answer=f"{answer_loss.item():.3f}", prompt=f"{prompt_part.item():.3f}")
-            print(f"step {step} answer {answer_loss.item():.3f} prompt {prompt_part.item():.3f}", flush=True)
 
 
 def main() -> None:
@@ -249,6 +248,7 @@ def main() -> None:
     parser.add_argument("--lessons", type=Path, help="read the lessons from this JSON file, or write them there")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
+    torch.set_num_threads(1)                # sums in one order: the same weights on the same processor and versions
     if args.lessons and args.lessons.exists():
         lessons = json.loads(args.lessons.read_text())
     else:
