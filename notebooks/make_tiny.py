@@ -149,7 +149,7 @@ def collect(households: int, games: int, seed: int, max_steps: int) -> list[tupl
                     lessons += keep
                     found = next((m for t in history if (m := re.match(rf"take {target} \d+ from (\w+) ", t.action))), None)
                     if won and found:
-                        steps = [(t.action, t.observation) for t in history]
+                        steps = [(t.action, "") for t in history]          # the compact form shows actions only
                         lessons.append((skills.mining_prompt(task.goal, steps, "compact"),
                                         f"<skill>{skill_text(target, found[1])}</skill>"))
     for label, won in sorted(outcomes.items()):
