@@ -514,6 +514,8 @@ def update(policy: Policy, optimizer: torch.optim.Optimizer, rl: list[Row], inte
         theirs = [len(rl) + int(i) for i in int_split[k]] if internal else []
         n_int = max(1, sum(sum(rows[i].gate) for i in theirs))          # S9 counts every gated token, w = 0 included
         theirs = [i for i in theirs if rows[i].weight > 0]
+        total["rows"] += len(mine + theirs)
+        total["row_tokens"] += sum(length[i] for i in mine + theirs)
         for batch in microbatches(mine, length, cfg.update_tokens):
             part = [rows[i] for i in batch]
             logp, entropy = policy.logprobs(part)                                                 # (N,)
@@ -546,8 +548,8 @@ def update(policy: Policy, optimizer: torch.optim.Optimizer, rl: list[Row], inte
     tokens = max(total["tokens"], 1)
     return dict(pg_loss=total["pg_loss"] / n_steps, int_loss=total["int_loss"] / n_steps, kl=total["kl"] / tokens,
                 entropy=total["entropy"] / tokens, clip_fraction=total["clipped"] / tokens,
-                grad_norm=total["grad_norm"] / n_steps, optimizer_steps=n_steps, rows=len(signal) + len(internal),
-                row_tokens=sum(length[i] for i in signal) + sum(length[len(rl):]) * (cfg.distill_epochs if internal else 0))
+                grad_norm=total["grad_norm"] / n_steps, optimizer_steps=n_steps, rows=total["rows"],
+                row_tokens=total["row_tokens"])
 
 
 # ---- 5. The three phases -------------------------------------------------------------------------------------
