@@ -456,7 +456,8 @@ def rollout(policy: Policy, env: envs.Environment, plan: Sequence[tuple[envs.Tas
 
 @dataclass
 class Row:
-    """One response under one prompt. RL rows carry an advantage, internalization rows a weight per token (S7, S8)."""
+    """One response under one prompt. RL rows carry an advantage, internalization rows a gate per token (S7) and
+    the step's weight (S8)."""
     prompt: list[int]
     response: list[int]
     advantage: float = 0.0
@@ -915,8 +916,8 @@ def mean(values: Iterable[float]) -> float:
 
 
 def peak_gib() -> float:
-    """Peak memory so far: of the device with CUDA, else the process's resident memory."""
-    if torch.cuda.is_available():
+    """Peak memory so far: of the device where one is used, else the process's resident memory."""
+    if torch.cuda.is_initialized():             # the tiny preset stays on the CPU, whatever the machine has
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**30
 
