@@ -183,28 +183,44 @@ def token_logprobs(
     """`log softmax(lm_head(hidden) / temperature)[targets]` and the entropy of that softmax, in nats; fp32, (N,) each.
 
     `hidden` (N, H) are the states that predict `targets` (N,). Tokens go through `lm_head` in chunks whose fp32 logits
-    fit `budget_bytes` (backward holds two or three such arrays). The gradient is exact: a chunk's logits are dropped
-    and computed again in backward. The entropy has no gradient; it is for logging. `vocab` is the number of real ids:
-    the logits of padding rows after them are cut off, so that training sees the distribution that was sampled from.
+    fit `budget_bytes` (a chunk holds three or four such arrays at once). No logits outlive their chunk, and the gradient
+    is exact: a token's log-probability depends on its own state only, so its slope (H,) is taken along with it and does
+    the backward pass, at the cost of the textbook form. Only for a head that is itself trained, the logits are computed
+    again in backward. The entropy has no gradient; it is for logging. `vocab` is the number of real ids: the logits of
+    padding rows after them are cut off, so that training sees the distribution that was sampled from.
     A budget below one token's logits raises ValueError.
     """
-    with torch.no_grad():
-        width = lm_head(hidden[:1]).shape[-1]  # V, padding included
+    probe = lm_head(hidden[:1].detach())  # (1, V), padding included
+    width = probe.shape[-1]
     if budget_bytes < 4 * width:
         raise ValueError(f"budget_bytes must hold one token's fp32 logits, {4 * width} bytes; got {budget_bytes}")
 
-    def score(h: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        logits = lm_head(h)[:, :vocab].float() / temperature  # (n, V)
-        log_z = logits.logsumexp(-1)  # (n,)
-        logp = logits.gather(-1, y[:, None]).squeeze(-1) - log_z  # (n,)
+    def score(raw: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits = raw[:, :vocab].float()  # (n, V)
+        full = (logits if temperature == 1.0 else logits / temperature).log_softmax(-1)  # (n, V)
         with torch.no_grad():
-            entropy = log_z - (logits.softmax(-1) * logits).sum(-1)  # (n,)
-        return logp, entropy
+            p = full.exp()  # (n, V)
+            entropy = -torch.einsum("nv,nv->n", p, full)  # (n,), without an array of products
+        return full.gather(-1, y[:, None]).squeeze(-1), entropy, p
+
+    def score_with_slope(h: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        h = h.detach().requires_grad_()
+        raw = lm_head(h)  # (n, V)
+        logp, entropy, p = score(raw.detach(), y)
+        p.neg_()[torch.arange(len(y), device=y.device), y] += 1.0  # temperature * d logp / d logits = one-hot - p
+        if p.shape[-1] < width:
+            p = torch.nn.functional.pad(p, (0, width - p.shape[-1]))
+        slope, = torch.autograd.grad(raw, h, p.to(raw.dtype))
+        return logp, entropy, slope.float() / temperature  # (n, H)
 
     n = budget_bytes // (4 * width)
-    chunks = [checkpoint(score, h, y, use_reentrant=False) for h, y in zip(hidden.split(n), targets.split(n))]
-    logp, entropy = (torch.cat(parts) for parts in zip(*chunks))  # (N,), (N,)
-    return logp, entropy
+    chunks = list(zip(hidden.split(n), targets.split(n)))
+    if probe.requires_grad or not (torch.is_grad_enabled() and hidden.requires_grad):
+        again = [checkpoint(lambda h, y: score(lm_head(h), y)[:2], *chunk, use_reentrant=False) for chunk in chunks]
+        logp, entropy = (torch.cat(parts) for parts in zip(*again))  # (N,), (N,)
+        return logp, entropy
+    logp, entropy, slope = (torch.cat(parts) for parts in zip(*[score_with_slope(*chunk) for chunk in chunks]))
+    return logp + ((hidden - hidden.detach()) * slope).sum(-1), entropy  # adds 0, whose gradient is the slope
 
 
 # ---- 5. Policy loss, one value per token (G7-G8) ---------------------------------------------------------------------

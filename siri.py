@@ -3,6 +3,7 @@
     python siri.py --env alfworld            train: warm-up, skill mining, internalization
     python siri.py --resume runs/NAME        go on where a run stopped
     python siri.py --eval runs/NAME          play a fixed panel with the plain prompt
+    python siri.py --report runs/NAME        one page about a run; --play to play yourself; --bench to measure
 
 Read it from top to bottom: configuration, policy, rollout, update, the three phases, evaluation, run folder,
 command line. The mathematics is elsewhere and pure: `gigpo.py` (G1-G8), `skills.py` (S1-S6), `distill.py` (S7-S10);
@@ -17,6 +18,7 @@ import dataclasses
 import difflib
 import fcntl
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -29,8 +31,9 @@ import time
 import warnings
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Iterable, Sequence
+from typing import Any, Callable, Iterable, Sequence
 
 
 def preflight() -> int:
@@ -67,6 +70,9 @@ except ModuleNotFoundError as error:
     sys.exit(f"siri: the package {error.name} is missing: run `pip install -r requirements.txt`")
 
 HERE = Path(__file__).resolve().parent
+sys.modules.setdefault("siri", sys.modules[__name__])     # run as a script this is __main__, and notebooks/ import siri
+PREFILL = 16384                             # padded prompt tokens read at once before generating: bounds their activations
+END_TAGS = ("</action>", "</skill>")        # a response ends here
 PHASES = ("warm-up", "mining", "internalize")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -109,8 +115,9 @@ class Config:
     max_response: int = 512             # sampled tokens per step [R]
     temperature: float = 1.0            # sampling temperature while training [R]
     eval_temperature: float = 0.4       # sampling temperature while evaluating [R]
-    gen_rows: int = 64                  # prompts generated at once (memory)
-    update_tokens: int = 8192           # padded tokens per forward-backward pass (memory; the gradient ignores it)
+    memory_gib: float = 22.0            # device memory that may be taken; CUDA only
+    gen_tokens: int = 0                 # padded tokens, answers included, generated at once; 0: what fits into memory
+    update_tokens: int = 0              # padded tokens per forward-backward pass (the gradient ignores it); 0: what fits
     # GiGPO
     groups: int = 4                     # tasks per iteration [O: the release has 16 on 8 GPUs]
     group_size: int = 8                 # rollouts per task [R]
@@ -158,7 +165,7 @@ class Config:
     distill_min: int = 64               # gated steps before any internalization [O]
     distill_lr: float = 1e-5            # learning rate of phase 2 [O]
     # run
-    variant: str = "siri"               # siri, gigpo (no phases 1-2) or no_warmup
+    variant: str = "siri"               # siri, gigpo (no phases 1-2), no_warmup, no_gate, no_advantage
     env_steps: int = 0                  # stop after this many training environment steps, 0: no limit
     panel: int = 0                      # games of the evaluation panel, 0: the whole split
     split: str = "valid_seen"           # split of the panel; WebShop test
@@ -172,12 +179,12 @@ class Config:
 
 TINY = dict(
     model="assets/tiny", four_bit=False, compact=True, prompt_style="compact", max_steps=10, lora_r=16, lora_alpha=32,
-    max_prompt=512, max_response=24, eval_temperature=1.0, gen_rows=256, update_tokens=4096, groups=8, lr=2e-3,
+    max_prompt=512, max_response=24, eval_temperature=1.0, gen_tokens=65536, update_tokens=4096, groups=8, lr=2e-3,
     minibatch=4096, invalid_penalty=0.5, warmup_max=16, n_req=40, floor=0.4, mining_max=14, mine_every=1, mine_wins=32,
     n_eval=3, kappa=1.0, active_req=14, distill_max=8, distill_lr=1e-3, panel=120, sample_every=5)
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},                                                           # one 24 GB GPU
-    "paper48": dict(groups=8, gen_rows=128, update_tokens=16384),          # one 48 GB GPU
+    "paper48": dict(groups=8, memory_gib=44.0),                            # one 48 GB GPU
     "tiny": TINY,                                                          # a laptop, 15 minutes
     "smoke": TINY | dict(groups=2, group_size=4, warmup_max=2, n_req=1, floor=0.0, mining_max=2, n_eval=1,
                          mine_wins=4, distill_max=2, distill_min=1, active_req=1, panel=8,
@@ -211,7 +218,7 @@ def resolve(overrides: dict[str, Any]) -> tuple[Config, str]:
     cfg = Config(**{**PRESETS[preset], **special, **overrides, "preset": preset})
     for f, allowed in dict(env=tuple(SPLITS), webshop_size=("small", "full"), webshop_goals=("synthetic", "human"),
                            webshop_split=tuple(envs.SHOP_SPLITS), observation=("text", "text_rich"),
-                           variant=("siri", "gigpo", "no_warmup"), norm=("std", "mean"),
+                           variant=("siri", "gigpo", "no_warmup", "no_gate", "no_advantage"), norm=("std", "mean"),
                            baseline=("trajectory", "steps"), prompt_style=("full", "compact"),
                            distill_tokens=("action", "response"),
                            split=SPLITS.get(cfg.env, ())).items():
@@ -219,7 +226,7 @@ def resolve(overrides: dict[str, Any]) -> tuple[Config, str]:
             raise UserError(f"--{flag(f)} {getattr(cfg, f)}: unknown; choose one of {', '.join(allowed)}")
     zero_ok = {"seed", "env_steps", "panel", "history", "warmup_max", "mining_max", "distill_max", "n_req", "floor",
                "weight_decay", "kl_beta", "dual_clip", "invalid_penalty", "omega", "kappa", "ucb", "lambda_warm",
-               "lambda_max", "tau_up", "tau_down", "active_req", "alfworld_data", "name", "eval_temperature"}
+               "gen_tokens", "update_tokens", "lambda_max", "tau_up", "tau_down", "active_req", "alfworld_data", "name", "eval_temperature"}
     for f in dataclasses.fields(cfg):
         value = getattr(cfg, f.name)
         if isinstance(value, bool) or isinstance(value, str):
@@ -266,6 +273,7 @@ class Policy:
 
     def __init__(self, cfg: Config, adapter: Path | None = None):
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")    # batches of any length: no holes
         from peft import LoraConfig, PeftModel, get_peft_model
         from safetensors import SafetensorError
         from transformers import (AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig,
@@ -321,10 +329,68 @@ class Policy:
         ends = self.model.generation_config.eos_token_id
         ends = set(ends if isinstance(ends, list) else [ends]) | {self.tokenizer.eos_token_id}
         known = self.tokenizer.get_added_vocab()
-        self.stops = sorted({e for e in ends if e is not None} | {known[t] for t in ("</action>", "</skill>") if t in known})
+        self.stops = sorted({e for e in ends if e is not None} | {known[t] for t in END_TAGS if t in known})
+        spelled = not all(t in known for t in END_TAGS)             # tags of several tokens: found in the text instead
+        self.closing = torch.tensor([i for t, i in self.tokenizer.get_vocab().items() if ">" in t and spelled],
+                                    dtype=torch.long, device=self.device)
         self.pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.stops[0]
         self.model.generation_config = GenerationConfig(eos_token_id=self.stops, pad_token_id=self.pad)  # not the model's own
         self.trainable = [p for p in self.model.parameters() if p.requires_grad]
+        self.gen_tokens, self.update_tokens = cfg.gen_tokens, cfg.update_tokens
+        self.fit()
+
+    def fit(self) -> None:
+        """Token budgets that were left open: from two probes of each kind of work, which give its bytes per token. UserError
+        if one row does not fit into `memory_gib`."""
+        cfg, row = self.cfg, self.cfg.max_prompt + self.cfg.max_response
+        if self.device == "cpu":
+            self.gen_tokens, self.update_tokens = self.gen_tokens or 32768, self.update_tokens or 8192
+            return
+        total = torch.cuda.get_device_properties(0).total_memory
+        limit = min(cfg.memory_gib * 2**30, torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved())
+        torch.cuda.set_per_process_memory_fraction(limit / total)
+        adam = sum(p.numel() for p in self.trainable) * (2 if cfg.four_bit else 8)      # bytes of optimizer state
+
+        def generate(rows: int) -> None:
+            self.sample([[0] * cfg.max_prompt] * rows, 1.0, 2)
+
+        def update(rows: int) -> None:
+            self.model.train()
+            self.logprobs([Row([0] * cfg.max_prompt, [0] * cfg.max_response)] * rows)[0].sum().backward()
+            self.model.zero_grad(set_to_none=True)
+            self.model.eval()
+
+        def peak(work: Callable[[int], None], rows: int) -> int:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            work(rows)
+            return torch.cuda.max_memory_allocated()
+
+        for budget, work, n in (("gen_tokens", generate, 8), ("update_tokens", update, 1)):    # 8 rows fill a PREFILL
+            if getattr(self, budget):
+                continue
+            try:
+                once, twice = peak(work, n), peak(work, 2 * n)
+            except torch.OutOfMemoryError as e:
+                raise UserError(f"--memory-gib {cfg.memory_gib}: a row of {row} tokens does not fit; lower --max-prompt and "
+                                "--max-response, or add --4bit") from e
+            spare = .85 * limit - adam - once                       # the rest is for holes between allocations
+            tokens = n * (cfg.max_prompt + (2 if work is generate else cfg.max_response))
+            setattr(self, budget, int(tokens * (1 + max(0, spare) / (twice - once))))
+        torch.cuda.empty_cache()
+
+    def retry(self, budget: str, work: Callable[[], Any]) -> Any:
+        """Do the work; each time the device runs out of memory, halve the token budget and do it again."""
+        while True:
+            try:
+                return work()
+            except torch.OutOfMemoryError:
+                pass                            # not here: the traceback still holds the tensors
+            tokens = getattr(self, budget)
+            if tokens <= self.cfg.max_prompt + self.cfg.max_response:
+                raise UserError("out of memory with a single row: lower --max-prompt and --max-response, or add --4bit")
+            setattr(self, budget, tokens // 2)
+            tqdm.write(f"     out of memory: {budget} is {tokens // 2} from here on; trying again")
 
     def neutralise(self, text: str) -> str:
         """Break every control token in text that comes from a task, an environment or a skill, so that it stays text."""
@@ -341,27 +407,53 @@ class Policy:
     def decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
-    @torch.no_grad()
     def generate(self, prompts: Sequence[list[int]], temperature: float, max_new: int) -> list[list[int]]:
-        """Sample one response per prompt (ids with the stop token). Temperature 0 is greedy.
+        """Sample one response per prompt (ids with the stop token), in batches of prompts of like length. Temperature 0 is
+        greedy."""
+        out: list[list[int]] = [[] for _ in prompts]
+        length = [len(p) + max_new for p in prompts]
+
+        def work() -> None:
+            missing = [i for i, ids in enumerate(out) if not ids]
+            for batch in microbatches(missing, length, self.gen_tokens):
+                for i, ids in zip(batch, self.sample([prompts[i] for i in batch], temperature, max_new)):
+                    out[i] = ids
+
+        self.retry("gen_tokens", work)
+        return out
+
+    @torch.no_grad()
+    def sample(self, prompts: Sequence[list[int]], temperature: float, max_new: int) -> list[list[int]]:
+        """One batch of `generate`.
 
         Nothing but temperature shapes the distribution: no top-k, no top-p, no repetition penalty, so that the
-        sampled policy is the one whose log-probabilities are trained.
+        sampled policy is the one whose log-probabilities are trained. A response ends with a stop token, or with the
+        token that completes an end tag.
         """
-        from transformers import GenerationConfig, LogitsProcessorList
-        out: list[list[int]] = [[] for _ in prompts]
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        for rows in chunks(order, self.cfg.gen_rows):
-            ids, mask = self.pad_batch([prompts[i] for i in rows])                             # (B, T) left-padded
-            config = GenerationConfig(
-                do_sample=temperature > 0, temperature=temperature or 1.0, top_k=0, top_p=1.0, max_new_tokens=max_new,
-                eos_token_id=self.stops, pad_token_id=self.pad, use_cache=True)
-            tokens = self.model.generate(input_ids=ids, attention_mask=mask, generation_config=config,
-                                         logits_processor=LogitsProcessorList([self.mask_padded_vocabulary]))
-            for i, row in zip(rows, tokens[:, ids.shape[1]:].tolist()):
-                end = next((k for k, t in enumerate(row) if t in self.stops), len(row) - 1)
-                out[i] = row[:end + 1]
-        return out
+        from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+        ids, mask = self.pad_batch(prompts)                                                        # (B, T) left-padded
+        start, ended = ids.shape[1], {}
+
+        def closes_a_tag(ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
+            done = torch.isin(ids[:, -1], self.closing)                                            # (B,)
+            for b in done.nonzero().flatten().tolist():
+                text = self.tokenizer.decode(ids[b, max(start, ids.shape[1] - 16):])
+                done[b] = any(tag in text for tag in END_TAGS)
+                if done[b]:
+                    ended.setdefault(b, ids.shape[1] - start)
+            return done
+
+        config = GenerationConfig(
+            do_sample=temperature > 0, temperature=temperature or 1.0, top_k=0, top_p=1.0, max_new_tokens=max_new,
+            eos_token_id=self.stops, pad_token_id=self.pad, use_cache=True,
+            prefill_chunk_size=max(32, PREFILL // len(prompts)))
+        tokens = self.model.generate(
+            input_ids=ids, attention_mask=mask, generation_config=config,
+            logits_processor=LogitsProcessorList([self.mask_padded_vocabulary]),
+            stopping_criteria=StoppingCriteriaList([closes_a_tag] if len(self.closing) else []))
+        rows = tokens[:, start:].tolist()
+        return [row[:min(ended.get(b, len(row)), next((k + 1 for k, t in enumerate(row) if t in self.stops), len(row)))]
+                for b, row in enumerate(rows)]
 
     def mask_padded_vocabulary(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         scores[:, self.vocab:] = -math.inf
@@ -407,6 +499,7 @@ class Step:
     reward: float = 0.0
     valid: bool = True
     advantage: float = 0.0      # G6
+    weights: list[float] = field(default_factory=list)      # of each token in S9: S8 where the gate (S7) is open, else 0
 
 
 @dataclass
@@ -492,6 +585,16 @@ def rollout(policy: Policy, env: envs.Environment, plan: Sequence[tuple[envs.Tas
 # ---- 4. Update: S10 over rows --------------------------------------------------------------------------------
 
 
+def make_optimizer(policy: Policy) -> torch.optim.Optimizer:
+    """AdamW over the adapter; with 4-bit weights its moments are kept in 8 bits."""
+    cfg = policy.cfg
+    if cfg.four_bit:
+        from bitsandbytes.optim import AdamW8bit as AdamW
+    else:
+        from torch.optim import AdamW
+    return AdamW(policy.trainable, lr=cfg.lr, betas=(0.9, 0.999), weight_decay=cfg.weight_decay)
+
+
 @dataclass
 class Row:
     """One response under one prompt. RL rows carry an advantage, internalization rows a gate per token (S7) and
@@ -538,14 +641,44 @@ def update(policy: Policy, optimizer: torch.optim.Optimizer, rl: list[Row], inte
     def evaluate(which: Sequence[int]) -> dict[int, torch.Tensor]:
         out = {}
         with torch.no_grad():
-            for batch in microbatches(which, length, cfg.update_tokens):
+            for batch in microbatches(which, length, policy.update_tokens):
                 logp, _ = policy.logprobs([rows[i] for i in batch])
                 out.update(zip(batch, logp.split([len(rows[i].response) for i in batch])))
         return out
 
-    old = evaluate(signal) if n_steps > 1 else None       # with one step the ratio is 1 by definition
+    old = policy.retry("update_tokens", lambda: evaluate(signal)) if n_steps > 1 else None      # else the ratio is 1
     with policy.model.disable_adapter():
-        reference = evaluate(signal) if cfg.kl_beta else None
+        reference = policy.retry("update_tokens", lambda: evaluate(signal)) if cfg.kl_beta else None
+
+    def gradient(mine: list[int], theirs: list[int], n_rl: int, n_int: int) -> Counter:
+        """Leave one optimizer step's gradient in the adapter. Returns sums over its tokens, and its losses."""
+        optimizer.zero_grad(set_to_none=True)           # of a try that ran out of memory
+        sums: Counter = Counter()
+        for batch in microbatches(mine, length, policy.update_tokens):
+            part = [rows[i] for i in batch]
+            logp, entropy = policy.logprobs(part)                                                 # (N,)
+            adv = torch.tensor([r.advantage for r in part for _ in r.response], device=logp.device)
+            logp_old = torch.cat([old[i] for i in batch]) if old else logp.detach()
+            loss = gigpo.clipped_surrogate(logp, logp_old, adv, clip=cfg.clip, dual_clip=cfg.dual_clip or None).sum()
+            sums["pg_loss"] += loss.item() / n_rl
+            sums["clipped"] += ((logp.detach() - logp_old).exp().sub(1).abs() > cfg.clip).sum().item()
+            if reference:
+                kl = gigpo.kl_k3(logp, torch.cat([reference[i] for i in batch])).sum()
+                sums["kl"] += kl.item()
+                loss = loss + cfg.kl_beta * kl
+            sums["entropy"] += entropy.sum().item()
+            sums["tokens"] += len(logp)
+            (loss / n_rl).backward()
+        for batch in microbatches(theirs, length, policy.update_tokens):
+            part = [rows[i] for i in batch]
+            logp, _ = policy.logprobs(part)
+            gate = torch.tensor([g for r in part for g in r.gate], device=logp.device)
+            weight = torch.tensor([r.weight for r in part for _ in r.response], device=logp.device)
+            loss, _ = distill.internalization_loss(logp, weight, gate)
+            sums["int_loss"] += loss.item() / n_int
+            (lam * loss / n_int).backward()
+        return sums
+
     total: Counter = Counter()
     policy.model.train()
     for k in range(n_steps):
@@ -556,30 +689,8 @@ def update(policy: Policy, optimizer: torch.optim.Optimizer, rl: list[Row], inte
         theirs = [i for i in theirs if rows[i].weight > 0]
         total["rows"] += len(mine + theirs)
         total["row_tokens"] += sum(length[i] for i in mine + theirs)
-        for batch in microbatches(mine, length, cfg.update_tokens):
-            part = [rows[i] for i in batch]
-            logp, entropy = policy.logprobs(part)                                                 # (N,)
-            adv = torch.tensor([r.advantage for r in part for _ in r.response], device=logp.device)
-            logp_old = torch.cat([old[i] for i in batch]) if old else logp.detach()
-            loss = gigpo.clipped_surrogate(logp, logp_old, adv, clip=cfg.clip, dual_clip=cfg.dual_clip or None).sum()
-            total["pg_loss"] += loss.item() / n_rl
-            total["clipped"] += ((logp.detach() - logp_old).exp().sub(1).abs() > cfg.clip).sum().item()
-            if reference:
-                kl = gigpo.kl_k3(logp, torch.cat([reference[i] for i in batch])).sum()
-                total["kl"] += kl.item()
-                loss = loss + cfg.kl_beta * kl
-            total["entropy"] += entropy.sum().item()
-            total["tokens"] += len(logp)
-            (loss / n_rl).backward()
-        for batch in microbatches(theirs, length, cfg.update_tokens):
-            part = [rows[i] for i in batch]
-            logp, _ = policy.logprobs(part)
-            gate = torch.tensor([g for r in part for g in r.gate], device=logp.device)
-            weight = torch.tensor([r.weight for r in part for _ in r.response], device=logp.device)
-            loss, _ = distill.internalization_loss(logp, weight, gate)
-            total["int_loss"] += loss.item() / n_int
-            (lam * loss / n_int).backward()
         if mine or theirs:
+            total.update(policy.retry("update_tokens", lambda: gradient(mine, theirs, n_rl, n_int)))
             norm = torch.nn.utils.clip_grad_norm_(policy.trainable, cfg.grad_clip).item()
             if math.isfinite(norm):
                 optimizer.step()
@@ -638,8 +749,9 @@ class Run:
               f"{'4-bit, ' if cfg.four_bit else ''}LoRA r {cfg.lora_r}; {cfg.prompt_style} prompts; variant {cfg.variant}; seed {cfg.seed}; "
               f"folder {folder}", flush=True)
         self.policy = Policy(cfg, resume)
-        self.optimizer = torch.optim.AdamW(self.policy.trainable, lr=cfg.lr, betas=(0.9, 0.999),
-                                           weight_decay=cfg.weight_decay)
+        print(f"memory: batches of {self.policy.gen_tokens} tokens to generate, {self.policy.update_tokens} to update",
+              flush=True)
+        self.optimizer = make_optimizer(self.policy)
         self.bank = skills.SkillBank(kappa=cfg.kappa, tau_up=cfg.tau_up, tau_down=cfg.tau_down, n_eval=cfg.n_eval,
                                      m_retire=cfg.m_retire, top_k=cfg.top_k, ucb_c=cfg.ucb, max_size=cfg.bank_size)
         self.progress = Progress(phase=1 if cfg.variant == "no_warmup" else 0)
@@ -688,7 +800,7 @@ class Run:
             rollout_tokens_per_s=sum(len(r.response) for r in rl) / (rolled - started),
             update_tokens_per_s=stats["row_tokens"] / (ended - rolled), peak_gib=peak_gib())
         if p.iteration % cfg.sample_every == 0:
-            save_samples(self.folder, p, groups)
+            save_samples(self.folder, p, groups, self.policy)
         p.iteration += 1
         for text in warnings_of(row, cfg):
             tqdm.write(f"     warning: {text}")
@@ -793,10 +905,13 @@ class Run:
                     torch.tensor([distill.action_mask(pieces)]), torch.tensor([True]),
                     torch.tensor([e.skill.utility(cfg.kappa)]), torch.tensor([effect]),
                     response_mask=torch.ones(1, len(pieces), dtype=torch.bool), tokens=cfg.distill_tokens,
-                    require_pair_gain=cfg.pair_gain)
-                weight = distill.advantage_weights(torch.tensor(s.advantage), cfg.a_max * spread).item()
-                if gate.any():
-                    rows.append(Row(s.plain, s.response, gate=gate[0].tolist(), weight=weight))
+                    require_pair_gain=cfg.pair_gain, gated=cfg.variant != "no_gate")
+                weight = distill.advantage_weights(torch.tensor(s.advantage), cfg.a_max * spread,
+                                                   uniform=cfg.variant == "no_advantage").item()
+                is_open = gate[0].tolist()
+                s.weights = [weight * g for g in is_open]
+                if any(is_open):
+                    rows.append(Row(s.plain, s.response, gate=is_open, weight=weight))
         return rows
 
     # -- the loop over phases --
@@ -809,7 +924,7 @@ class Run:
             return f"the budget of {cfg.env_steps} environment steps is spent"
         if age >= self.phase_limit(p.phase):
             return f"its budget of {age} iterations is spent"
-        if p.phase == 0 and cfg.variant == "siri" and len(p.solved) >= cfg.n_req and len(p.recent) == 3 \
+        if p.phase == 0 and cfg.variant != "gigpo" and len(p.solved) >= cfg.n_req and len(p.recent) == 3 \
                 and mean(p.recent) >= cfg.floor:
             return f"{len(p.solved)} distinct tasks solved, plain success {mean(p.recent):.2f}"
         if p.phase == 1 and len(self.bank.active) >= cfg.active_req:
@@ -820,8 +935,8 @@ class Run:
         """Iterations that a phase may take. The variants have the same total."""
         cfg = self.cfg
         limits = [cfg.warmup_max, cfg.mining_max, cfg.distill_max]
-        return {"siri": limits, "gigpo": [sum(limits), 0, 0],
-                "no_warmup": [0, limits[0] + limits[1], limits[2]]}[cfg.variant][phase]
+        return {"gigpo": [sum(limits), 0, 0],
+                "no_warmup": [0, limits[0] + limits[1], limits[2]]}.get(cfg.variant, limits)[phase]
 
     def train(self) -> None:
         p = self.progress
@@ -958,7 +1073,8 @@ def evaluate(policy: Policy, env: envs.Environment, panel: Sequence[envs.Task], 
     kinds: dict[str, list[Episode]] = defaultdict(list)
     for e in episodes:
         kinds[e.task.kind].append(e)
-    return dict(label=label, panel=f"{env.name} {panel[0].split}, {len(panel)} games", skills=bank is not None,
+    return dict(label=label, notice=env.notice, versions={p: version(p) for p in ("torch", "transformers", "peft")},
+                panel=f"{env.name} {panel[0].split}, {len(panel)} games", skills=bank is not None,
                 temperature=cfg.eval_temperature, seconds=time.perf_counter() - started, failures=len(failures),
                 **summary(episodes), kinds={k: summary(v) for k, v in sorted(kinds.items())},
                 outcomes={e.task.id: e.success for e in episodes})
@@ -1071,8 +1187,9 @@ def dense_line(r: dict[str, Any]) -> str:
     return text
 
 
-def save_samples(folder: Path, p: Progress, groups: list[list[Episode]]) -> None:
-    """One whole group as text: prompts are in the code, here is what was seen, thought, done, and what it was worth."""
+def save_samples(folder: Path, p: Progress, groups: list[list[Episode]], policy: Policy) -> None:
+    """A plain and a guided episode of one group: prompts are in the code, here is what was seen, thought, done, and what it was
+    worth. As text to read, and as JSON with every token and its weight for the report."""
     if not groups:
         return
     group = max(groups, key=lambda g: len({e.success for e in g}))
@@ -1085,6 +1202,12 @@ def save_samples(folder: Path, p: Progress, groups: list[list[Episode]]) -> None
                 f"{'' if s.valid else '  INVALID'}\n" for t, s in enumerate(e.steps)]
     (folder / "samples").mkdir(exist_ok=True)
     write_text(folder / "samples" / f"{p.iteration:04d}.txt", "\n".join(out))
+    episodes = [dict(skill=e.skill.text if e.skill else None, success=e.success, steps=[dict(
+        observation=s.observation, text=s.text, pieces=[policy.decode([t]) for t in s.response],
+        weights=s.weights or [0.0] * len(s.response), reward=s.reward, advantage=s.advantage, valid=s.valid)
+        for s in e.steps]) for e in shown]
+    write_json(folder / "samples" / f"{p.iteration:04d}.json", dict(
+        iteration=p.iteration, phase=p.phase, task=group[0].task.id, goal=group[0].task.goal, episodes=episodes))
 
 
 def save_checkpoint(run: Run) -> None:
@@ -1095,8 +1218,9 @@ def save_checkpoint(run: Run) -> None:
     name, aside = f"{run.progress.iteration:05d}-{run.progress.phase}", root / "writing"
     shutil.rmtree(aside, ignore_errors=True)
     run.policy.model.save_pretrained(aside)
-    state = run.optimizer.state_dict()["state"]
-    save_file({f"{i}.{k}": torch.as_tensor(v).contiguous() for i, s in state.items() for k, v in s.items()},
+    state = {i: s | s.pop("__bnb_optimizer_quant_state__", {})                 # where bitsandbytes nests its tensors
+             for i, s in run.optimizer.state_dict()["state"].items()}
+    save_file({f"{i}.{k}": torch.as_tensor(v).clone() for i, s in state.items() for k, v in s.items()},
               aside / "optimizer.safetensors")
     write_json(aside / "progress.json", dataclasses.asdict(run.progress))
     write_json(aside / "skills.json", run.bank.to_json())
@@ -1182,7 +1306,7 @@ def load_checkpoint(run: Run, path: Path) -> None:
     state: dict[int, dict[str, torch.Tensor]] = defaultdict(dict)
     for key, value in tensors.items():
         index, name = key.split(".", 1)
-        state[int(index)][name] = value
+        state[int(index)][name] = value.item() if value.dtype == torch.int64 else value      # bitsandbytes counts in int
     run.optimizer.load_state_dict({"state": dict(state), "param_groups": run.optimizer.state_dict()["param_groups"]})
     write_json(run.folder / "skills.json", run.bank.to_json())
     metrics = run.folder / "metrics.csv"
@@ -1212,22 +1336,35 @@ class Parser(argparse.ArgumentParser):
 
 def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
     """Flags from Config's fields. Returns the actions (resume, eval, ...) and the settings that were given."""
-    parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser = Parser(usage="python siri.py [action] [--setting value ...]", epilog="[P] the SIRI paper, [R] the GiGPO release, [O] our "
+                    "choice. Defaults are the paper preset's.", description=__doc__.split("\n\n")[0], allow_abbrev=False,
+                    argument_default=argparse.SUPPRESS,
+                    formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=120))
     actions = parser.add_argument_group("actions (without one: train)")
     actions.add_argument("--check", action="store_true", default=False, help="can this machine install the requirements?")
     actions.add_argument("--resume", metavar="RUN", default=None, help="go on with a run where it stopped")
     actions.add_argument("--eval", metavar="RUN", default=None, help="play the panel with a run's last checkpoint")
     actions.add_argument("--with-skills", action="store_true", default=False, help="with --eval: use the bank (ablation)")
-    group = parser.add_argument_group("settings (defaults are the paper preset's; see Config in siri.py for sources)")
-    kinds = {"int": int, "float": float, "str": str}
-    for f in dataclasses.fields(Config):
-        if f.type == "bool":
-            group.add_argument(f"--{flag(f.name)}", dest=f.name, action=argparse.BooleanOptionalAction,
-                               help=f"default {f.default}")
-        else:
-            group.add_argument(f"--{flag(f.name)}", type=kinds[f.type], metavar=f.type, help=f"default {f.default!r}")
+    actions.add_argument("--report", metavar="RUN", default=None, help="write RUN/report.html: one page with all that happened")
+    actions.add_argument("--play", metavar="RUN", nargs="?", const="", default=None,
+                         help="play in the terminal, or watch the policy of a run (default: the base policy)")
+    actions.add_argument("--bench", metavar="PARTS", nargs="?", const="", default=None,
+                         help="measure speed and memory beside what people would use instead; writes bench.json")
+    kinds, fields = {"int": int, "float": float, "str": str}, {f.name: f for f in dataclasses.fields(Config)}
+    for line in inspect.getsource(Config).splitlines():         # its comments are the help: a section, or a field's meaning
+        if section := re.fullmatch(r"    # (.*)", line):
+            group = parser.add_argument_group(section[1])
+        elif found := re.fullmatch(r"    (\w+): .*?# (.*)|    (\w+): .*", line):
+            f = fields[found[1] or found[3]]
+            said = f"{found[2] or f.name} (default {f.default!r})".replace("%", "%%").replace("(default '')", "")
+            kind = (dict(action=argparse.BooleanOptionalAction) if f.type == "bool" else
+                    dict(type=kinds[f.type], metavar=f.type.upper()))
+            group.add_argument(f"--{flag(f.name)}", dest=f.name, help=said, **kind)
     given = vars(parser.parse_args(argv))
-    chosen = argparse.Namespace(**{k: given.pop(k) for k in ("check", "resume", "eval", "with_skills")})
+    chosen = argparse.Namespace(**{a.dest: given.pop(a.dest) for a in actions._group_actions})
+    several = [f"--{name}" for name in ("resume", "eval", "report", "play", "bench") if getattr(chosen, name) is not None]
+    if len(several) > 1:
+        raise UserError(f"{' and '.join(several)}: give one of them")
     return chosen, given
 
 
@@ -1275,11 +1412,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         chosen, given = parse_arguments(sys.argv[1:] if argv is None else argv)
         if chosen.check:
             return preflight()
-        if chosen.with_skills and not chosen.eval:
+        if chosen.with_skills and chosen.eval is None:
             raise UserError("--with-skills: only together with --eval RUN")
-        if chosen.eval and chosen.resume:
-            raise UserError("--eval and --resume: give one of them")
-        if chosen.eval:
+        if chosen.report is not None:
+            from notebooks import report
+            print(report.write(Path(chosen.report)))
+            return 0
+        if chosen.bench is not None:
+            from notebooks import bench
+            bench.main([name for name in chosen.bench.split(",") if name], resolve(given)[0])
+            return 0
+        if chosen.play is not None:
+            from notebooks import play
+            place = Path(chosen.play) if chosen.play else None
+            play.main(load_config(place, given) if place else resolve(given)[0], place)
+            return 0
+        if chosen.eval is not None:
             place = Path(chosen.eval)
             checkpoint = latest_checkpoint(place)
             held = lock(place)
@@ -1293,7 +1441,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             add_result(place, result)
             print("\n".join([result_line(result), *kind_lines(result)]))
             return 0
-        if chosen.resume:
+        if chosen.resume is not None:
             folder = Path(chosen.resume)
             checkpoint = latest_checkpoint(folder)
             held = lock(folder)

@@ -2143,7 +2143,7 @@ def stranger_folder(tmp_path_factory):
 
 
 def stranger_config(folder, **overrides):
-    return siri.resolve({"preset": "paper", "four_bit": False, "model": str(folder), "lora_r": 4, "gen_rows": 500,
+    return siri.resolve({"preset": "paper", "four_bit": False, "model": str(folder), "lora_r": 4, "gen_tokens": 10**6,
                          "max_response": 8, "max_steps": 2, **overrides})[0]
 
 
@@ -2209,6 +2209,56 @@ def test_greedy_responses_do_not_depend_on_their_batch(request, name):
     together = policy.generate(prompts, 0.0, 8)
     assert together == [policy.generate([prompt], 0.0, 8)[0] for prompt in prompts]
     assert len({tuple(ids) for ids in together}) > 1
+
+
+def test_a_response_ends_with_the_token_that_completes_an_end_tag(stranger, monkeypatch):
+    """The tags are several tokens here, and the prompt has them too. The model is made to say what is on the script."""
+    texts = ["<think>so</think><action>look</action> and on and on", "</skill>", "a > b", "</action <|im_end|> c"]
+    scripts = [stranger.tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    prompts = [stranger.encode("say <action>this</action>" * (n + 1)) for n in range(len(texts))]
+    width = max(map(len, prompts))
+
+    def recite(ids, scores):
+        for row, script in zip(scores, scripts):
+            row[(script + [7] * 99)[ids.shape[1] - width]] = math.inf
+        return scores
+
+    monkeypatch.setattr(stranger, "mask_padded_vocabulary", recite)
+    said = stranger.generate(prompts, 0.0, 50)
+    assert [stranger.tokenizer.decode(ids) for ids in said[:2]] == ["<think>so</think><action>look</action>", "</skill>"]
+    assert said[2] == (scripts[2] + [7] * 50)[:50] and said[3] == scripts[3][:scripts[3].index(2) + 1]
+
+
+class Memory:
+    """A device that runs out of memory in the calls whose numbers are given."""
+
+    def __init__(self, work, *full):
+        self.work, self.full, self.calls = work, full, 0
+
+    def __call__(self, *args, **kwargs):
+        self.calls += 1
+        if self.calls in self.full:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return self.work(*args, **kwargs)
+
+
+def test_out_of_memory_costs_time_and_nothing_else(policy, monkeypatch, capsys):
+    prompts = [row.prompt for row in some_rows(policy)]
+    whole = policy.generate(prompts, 0.0, 8)
+    monkeypatch.setattr(policy, "gen_tokens", 4000)
+    monkeypatch.setattr(policy, "sample", Memory(policy.sample, 1, 2))
+    assert policy.generate(prompts, 0.0, 8) == whole and policy.gen_tokens == 1000 and policy.sample.calls == 3
+    assert "out of memory: gen_tokens is 1000" in capsys.readouterr().out
+    rows = some_rows(policy)
+    good = gradient(policy, rows, kl_beta=0.1)
+    monkeypatch.setattr(policy, "cfg", dataclasses.replace(policy.cfg, max_prompt=8, max_response=8))
+    monkeypatch.setattr(policy, "logprobs", Memory(policy.logprobs, 1, 6))     # the reference, then after a backward pass
+    close(gradient(policy, rows, kl_beta=0.1, update_tokens=120), good)
+    assert re.findall("update_tokens is ([0-9]+)", capsys.readouterr().out) == ["60", "30"]
+    assert policy.logprobs.calls > 8
+    monkeypatch.setattr(policy, "sample", Memory(policy.sample, *range(99)))
+    with pytest.raises(siri.UserError, match="single row.*--max-prompt"):
+        policy.generate(prompts, 0.0, 8)
 
 
 @pytest.mark.parametrize("name", ["policy", "stranger"])
@@ -2468,13 +2518,14 @@ def test_any_chat_model_can_shop_with_the_full_prompt(stranger_folder, observati
 
 # ---- 25. siri: updates, mining and gating ----------------------------------------------------------------------------
 
-def gradient(policy, rl, internal=(), lam=1.0, **changes):
+def gradient(policy, rl, internal=(), lam=1.0, update_tokens=10**6, **changes):
     """What one update takes off the parameters with plain gradient descent at rate 1; the policy is left as it was."""
     cfg = dataclasses.replace(policy.cfg, **{**dict(minibatch=99, grad_clip=1e9, distill_epochs=1, distill_rows=99,
-                                                    kl_beta=0.0, update_tokens=10**6), **changes})
-    before = [p.detach().clone() for p in policy.trainable]
+                                                    kl_beta=0.0), **changes})
+    before, policy.update_tokens, budget = [p.detach().clone() for p in policy.trainable], update_tokens, policy.update_tokens
     siri.update(policy, torch.optim.SGD(policy.trainable, lr=1.0), list(rl), list(internal), lam, cfg,
                 np.random.default_rng(0))
+    policy.update_tokens = budget
     after = [p.detach().clone() for p in policy.trainable]
     with torch.no_grad():
         for p, old in zip(policy.trainable, before):
@@ -2618,6 +2669,11 @@ def test_a_won_pair_is_measured_and_gated_on_its_action_tokens(policy, monkeypat
     assert run.gate(group, 0.0) == []                                       # the pair gained nothing
     skill.effects = [[0, -1.0]]
     assert run.gate(group, 1.0) == []                                       # the skill is of no use
+    run.cfg = dataclasses.replace(run.cfg, variant="no_gate")
+    assert [r.gate for r in run.gate(group, 0.0)] == [r.gate for r in rows]
+    run.cfg = dataclasses.replace(run.cfg, variant="no_advantage")
+    skill.effects = [[0, 1.0]]
+    assert run.gate(group, 0.0) == [] and {r.weight for r in run.gate(group, 1.0)} == {1.0}
     assert run.measure([e for e in group if e.skill is None]) is None
 
 
@@ -2856,7 +2912,7 @@ no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA 
     (SMALL + " --dual-clip 0.5", "--dual-clip 0.5"), (SMALL + " --tau-down 1 --tau-up 0", "--tau-down 1.0"),
     (SMALL + " --gamma 1.5", "--gamma 1.5"), (SMALL + " --alfworld-data .", "--alfworld-data.*--preset paper"),
     (SMALL + " --model nowhere/nothing", "--model nowhere/nothing"), ("--with-skills", "--with-skills: .*--eval"),
-    ("--eval a --resume b", "--eval and --resume"), ("--eval nowhere", "nowhere: holds no checkpoint"),
+    ("--eval a --resume b", "--resume and --eval"), ("--play --bench", "--play and --bench"), ("--report ''", "config.json"), ("--eval nowhere", "nowhere: holds no checkpoint"),
     ("--resume nowhere", "nowhere: holds no checkpoint"),
     pytest.param("--preset paper", "4-bit .*--no-4bit.*--preset tiny", marks=no_cuda),
     pytest.param(SMALL + " --4bit", "4-bit .*--no-4bit", marks=no_cuda)])

@@ -1,0 +1,116 @@
+"""Play a benchmark yourself: `python siri.py --play`, or `--play runs/NAME` to have that run's policy at your side.
+
+You see what the policy sees: the task, the page, the commands. The policy is loaded when it is first asked, so that a game
+starts at once. Text of environments and policies is printed without its control characters, so that it can't drive the
+terminal. The games are those of the evaluation panel (`--split`, `--panel`), in an order that `--seed` draws.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+import envs
+import siri
+from notebooks.figures import printable
+
+HELP = """Type a command, or its number. Besides:
+  ?  the exact prompt that the policy would see now        n  a new game
+  h  what the policy would do now: its thought and action   q  quit
+  w  watch: the policy plays on to the end"""
+
+
+def show(text: str) -> None:
+    print(printable(text), flush=True)
+
+
+def ask() -> str:
+    """The next line from the person; q where the input ends."""
+    try:
+        line = input("> ").strip()
+    except EOFError:
+        line = "q"
+    if not sys.stdin.isatty():
+        show(line)                                  # a transcript of piped commands has both sides
+    return line
+
+
+def command(line: str, state: envs.State) -> str:
+    """The action that a line means; "" with a remark if it means none."""
+    numbered = {str(k): action for k, action in enumerate(state.admissible, 1)}
+    action = numbered.get(line, " ".join(line.lower().split()))      # words as `envs.parse_action` takes the policy's
+    if line.isdecimal() and line not in numbered:
+        show(f"there is no command {line[:20]}: 1 to {len(numbered)}")
+        return ""
+    if "<your query>" in action:
+        show("write it out, with words of your own: search[red shoes]")
+        return ""
+    return action
+
+
+def play(env: envs.Environment, task: envs.Task, policy: Callable[[], siri.Policy]) -> bool:
+    """One game. Returns whether another one is wanted."""
+    try:
+        game = env.open(task)
+    except (OSError, ValueError, KeyError) as e:
+        raise siri.UserError(f"{task.id}: cannot be opened ({e}); mend or remove it") from e
+    state, turns, watching = game.start, [], False
+
+    def prompt() -> list[int]:
+        return siri.fit_prompt(policy(), task, state, turns, None)
+
+    def response() -> str:
+        cfg = policy().cfg
+        return policy().decode(policy().generate([prompt()], cfg.eval_temperature, cfg.max_response)[0])
+
+    try:
+        show(f"\n=== {task.id}\n=== {task.goal}")
+        while not state.done:
+            show(f"\n[{state.steps} of {env.max_steps}] {state.observation}")
+            if not state.valid:
+                show("(that was not a command that can be done here)")
+            action = ""
+            if not watching:
+                show("\n".join(f"{k:3d} {a}" for k, a in enumerate(state.admissible, 1)))
+            while not action and not watching:
+                line = ask()
+                if line in ("n", "q"):
+                    return line == "n"
+                elif line == "?":
+                    show(policy().tokenizer.decode(prompt()))
+                elif line == "h":
+                    show(f"the policy: {response()}")
+                elif line == "w":
+                    watching = True
+                elif line:
+                    action = command(line, state)
+            if watching:
+                text = response()
+                show(f"the policy: {text}")
+                action = envs.parse_action(text) or ""
+            turns.append(envs.Turn(state.observation, action))
+            state = game.step(state, action)
+        score = f", score {state.score:.2f}" if env.scored else ""
+        show(f"\n{state.observation}\n=== {'success' if state.success else 'not solved'}{score}, {state.steps} steps")
+    finally:
+        game.close()
+    return True
+
+
+def main(cfg: siri.Config, run: Path | None) -> None:
+    """Games until the person quits. With `run`, the policy is its latest checkpoint, else the preset's base policy."""
+    checkpoint = siri.latest_checkpoint(run) if run else None
+    env = siri.make_environment(cfg)
+    policy = cache(lambda: siri.Policy(cfg, checkpoint))
+    tasks = siri.panel_tasks(cfg, env)
+    show(f"{env.notice}\npolicy: {checkpoint or cfg.model}\n{HELP}")
+    order = np.random.default_rng(cfg.seed).permutation(len(tasks))
+    for k in itertools.cycle(order):
+        if not play(env, tasks[int(k)], policy):
+            return
+        show("")

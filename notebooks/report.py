@@ -1,0 +1,367 @@
+"""The report of a run: `python siri.py --report runs/NAME` writes runs/NAME/report.html, one page that needs no other.
+
+It shows what the files of the run folder say, and nothing that they don't: config.json, metrics.csv, results.json,
+skills.json and samples/*.json. What a run does not have yet is named as missing; a file that siri.py did not write is a
+UserError. The page loads nothing and runs no script. All text of a run (goals, pages, skills, what the policy wrote) goes
+through `esc`. Charts and style are in `figures.py`.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import itertools
+import math
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import siri
+import skills
+from notebooks.figures import STYLE, Series, chart, esc, finite, folded, number, table
+
+NUMBER = (int, float)
+STEP = dict(observation=str, text=str, pieces=[str], weights=[NUMBER], reward=NUMBER, advantage=NUMBER, valid=bool)
+EPISODE = dict(skill=(str, type(None)), success=bool, steps=[STEP])
+SAMPLE = dict(iteration=int, phase=int, task=str, goal=str, episodes=[EPISODE])
+COUNTS = dict(n=int, successes=int, mean_steps=NUMBER, invalid_rate=NUMBER)
+RESULTS = [COUNTS | dict(label=str, panel=str, skills=bool, iteration=int, kinds={...: COUNTS}, outcomes={...: bool})]
+COLUMNS = ("iteration", "phase", "success_plain", "n_plain", "success_skill", "n_skill")    # of every metrics.csv
+CURVES = (      # column of metrics.csv, heading, what it is
+    ("kl", "KL to the base model", "Nats per token, k3 estimate"),
+    ("entropy", "Entropy", "Nats per token"),
+    ("invalid_rate", "Invalid steps", "Share of the steps that held no admissible action"),
+    ("rollout_tokens_per_s", "Rollout speed", "Sampled tokens per second"),
+    ("update_tokens_per_s", "Update speed", "Prompt and response tokens through forward and backward, per second"))
+
+
+# ---- 1. Files in ---------------------------------------------------------------------------------------------
+
+
+def conforms(value: Any, form: Any) -> bool:
+    """Whether JSON data has a form: a type or several, [form of every item], {key: form} or {...: form of every value}.
+
+    >>> conforms([{"n": 3}], [{"n": int}]), conforms([{"n": "3"}], [{"n": int}])
+    (True, False)
+    """
+    if isinstance(form, list):
+        return isinstance(value, list) and all(conforms(v, form[0]) for v in value)
+    if isinstance(form, dict):
+        return isinstance(value, dict) and all(
+            all(conforms(v, f) for v in value.values()) if key is ... else key in value and conforms(value[key], f)
+            for key, f in form.items())
+    return isinstance(value, form) and not (isinstance(value, int) and abs(value) > 2**53)     # beyond: no exact float
+
+
+def load(path: Path, form: Any) -> Any:
+    data = siri.read_json(path)
+    if not conforms(data, form):
+        raise siri.UserError(f"{path}: is not what siri.py writes there; move it away, or give another run folder")
+    return data
+
+
+def read_results(path: Path) -> list[dict[str, Any]]:
+    results = load(path, RESULTS) if path.exists() else []
+    for part in itertools.chain(results, *(r["kinds"].values() for r in results)):
+        if not 0 <= part["successes"] <= part["n"]:
+            raise siri.UserError(f"{path}: {part['successes']} successes of {part['n']} games; move it away")
+    return results
+
+
+def read_samples(folder: Path) -> list[dict[str, Any]]:
+    samples = []
+    for path in sorted(folder.glob("*.json")):
+        samples.append(load(path, SAMPLE))
+        if samples[-1]["phase"] not in range(3) or any(
+                len(s["pieces"]) != len(s["weights"]) for e in samples[-1]["episodes"] for s in e["steps"]):
+            raise siri.UserError(f"{path}: has an unknown phase, or tokens without a weight; move it away")
+    return samples
+
+
+def read_metrics(path: Path) -> tuple[list[dict[str, float]], str]:
+    """The rows of metrics.csv, and a remark for the reader. A line that a crash tore is the last one: it has no end."""
+    if not path.exists():
+        return [], "metrics.csv is missing: this run has not finished an iteration."
+    try:
+        text = path.read_bytes().decode()
+        lines = list(csv.reader(io.StringIO(text, newline="")))
+    except (OSError, ValueError, csv.Error) as e:
+        raise siri.UserError(f"{path}: cannot be read as CSV ({e}); is this a run folder?") from e
+    torn = bool(lines) and not text.endswith("\n")
+    header, *lines = lines[:len(lines) - torn] or [[]]
+    if missing := [c for c in COLUMNS if header and c not in header]:
+        raise siri.UserError(f"{path}: has no column {missing[0]}; it is not the metrics.csv of a run")
+    rows = []
+    for place, cells in enumerate(lines, 2):
+        try:
+            rows.append(dict(zip(header, map(float, cells), strict=True)))
+            if rows[-1]["phase"] not in range(3) or not 0 <= rows[-1]["iteration"] < 1e9:
+                raise ValueError("impossible phase or iteration")
+        except ValueError as e:
+            raise siri.UserError(f"{path}: line {place} is not a row of metrics ({e}); mend or remove it") from e
+    remark = "The last line of metrics.csv is torn (a crash, or it was being written) and is left out. " if torn else ""
+    return rows, remark + ("" if rows else "metrics.csv has no whole row: this run has not finished an iteration.")
+
+
+# ---- 2. The sections of the page -----------------------------------------------------------------------------
+
+
+def section(name: str, heading: str, *parts: str) -> str:
+    return f'<section id="{name}"><h2>{heading}</h2>\n{"".join(parts)}</section>\n'
+
+
+def rate(part: dict[str, Any]) -> str:
+    lo, hi = siri.wilson(part["successes"], part["n"])
+    return f"{part['successes'] / part['n']:.3f} [{lo:.3f}, {hi:.3f}]" if part["n"] else "&ndash;"
+
+
+def header_section(name: str, cfg: dict[str, Any], rows: list[dict], results: list[dict]) -> str:
+    """What the run is, how far it came, what it reached."""
+    latest = results[-1] if results else {}
+    notice = latest.get("notice") or ("A small generated world: its scores are not benchmark scores." if cfg.get("compact")
+                                      else "The run did not record which data it played.")
+    versions = latest.get("versions")
+    final = next((r for r in reversed(results) if r["label"] == "final"), None)
+    facts = dict(
+        Environment=cfg["env"], Preset=cfg["preset"], Variant=cfg["variant"], Seed=cfg["seed"],
+        Model=cfg.get("model", "not recorded"),
+        Versions=", ".join(f"{k} {v}" for k, v in versions.items()) if isinstance(versions, dict) else "not recorded",
+        State="finished" if final else "not finished: running, or stopped",
+        Iterations=f"{len(rows)}, the last in {siri.PHASES[int(rows[-1]['phase'])]}" if rows else "none yet")
+    if rows and {"env_steps", "seconds"} <= set(rows[-1]):
+        facts["Training"] = f"{rows[-1]['env_steps']:,.0f} environment steps, {rows[-1]['seconds'] / 60:.1f} min"
+    listed = "".join(f"<div><dt>{k}</dt><dd>{esc(v)}</dd></div>" for k, v in facts.items())
+    reached = (f"<p>Final success with the plain prompt: <strong>{rate(final)}</strong> (95% Wilson interval, "
+               f"n {final['n']})</p>\n" if final else "")
+    return (f'<header><h1>{name}</h1>\n<p class="notice">{esc(notice)}</p>\n{reached}<dl class="facts">{listed}</dl>'
+            "</header>\n")
+
+
+def curves_section(rows: list[dict], results: list[dict], remark: str) -> str:
+    """Every curve over iterations, and the numbers behind them as a table."""
+    firsts = {r["phase"]: r["iteration"] for r in reversed(rows)}
+    marks = [(x, siri.PHASES[int(phase)]) for phase, x in firsts.items()]
+    x_range = (0, max([r["iteration"] for r in rows + results], default=0))
+    out, kinds, band = [], ("plain", "skill"), "band: one standard error on either side"
+
+    def draw(title: str, what: str, series: list[Series], y: tuple[float, float] | None = (0, 1)) -> None:
+        out.append(chart(f"curve{len(out)}", title, what, series, marks, x_range, y=y))
+
+    def column(name: str, error: Callable[[dict], float] = lambda r: math.nan) -> list[tuple[float, float, float, float]]:
+        values = [(r["iteration"], r.get(name, math.nan), error(r)) for r in rows]
+        return [(x, v, v - e, v + e) for x, v, e in values]
+
+    def binomial(kind: str) -> Callable[[dict], float]:
+        p, n = f"success_{kind}", f"n_{kind}"
+        return lambda r: math.sqrt(max(r[p] * (1 - r[p]), 0) / r[n]) if r[n] > 0 else math.nan
+
+    if rows:
+        draw("Success in training", f"Share of the rollouts that reach the goal; {band}",
+             [Series(k, column(f"success_{k}", binomial(k))) for k in kinds])
+    if results:
+        at = lambda r: (r["iteration"], r["successes"] / r["n"], *siri.wilson(r["successes"], r["n"]))
+        draw("Evaluations", "Success on a fixed panel; bars: 95% Wilson intervals", [
+            Series(f"{esc(panel)}, {'with skills' if guided else 'plain'}",
+                   [at(r) for r in results if (r["panel"], r["skills"]) == (panel, guided) and r["n"]],
+                   bars=True, line=not guided)
+            for panel, guided in dict.fromkeys((r["panel"], r["skills"]) for r in results)])
+    if rows and "score_plain" in rows[0]:
+        draw("Score in training", f"Mean score of the rollouts, 0 to 1; {band}", [
+            Series(k, column(f"score_{k}", lambda r, k=k: r.get(f"score_{k}_se", math.nan))) for k in kinds])
+    for name, title, what in CURVES if rows else ():
+        draw(title, f"{what}; metrics.csv has no spread for it, so there is no band", [Series(title, column(name))],
+             (0, 1) if name == "invalid_rate" else None)
+    if rows and rows[-1]["phase"] > 0:
+        draw("Skills in the bank", "Number of skills in each state",
+             [Series(state, column(f"skills_{state}")) for state in skills.STATES], None)
+    columns = (*COLUMNS, "mean_steps", *(c for c, *_ in CURVES), "solved_tasks", "lam", "internal_rows")
+    columns = [c for c in columns if rows and c in rows[0]]
+    cells = [[siri.PHASES[int(r[c])] if c == "phase" else number(r[c]) for c in columns] for r in rows]
+    cells = [[f"{r['iteration']:.0f}", *line[1:]] for r, line in zip(rows, cells)]
+    full = folded(f"The same numbers as a table (iterations: {len(rows)})",
+                  table("Metrics by iteration", [c.replace("_", " ") for c in columns], cells))
+    return section("curves", "Curves", f"<p>{remark}</p>" if remark else "", f'<div class="grid3">{"".join(out)}</div>\n',
+                   full if rows else "")
+
+
+def results_section(results: list[dict]) -> str:
+    """Every evaluation, then by task type, then every task."""
+    if not results:
+        return section("results", "Evaluations", "<p>results.json is missing or empty: nothing has been evaluated yet.</p>")
+    score = lambda r: (f"{number(r['score'])} &plusmn; {number(r['score_se'])}"
+                       if conforms(r, dict(score=NUMBER, score_se=NUMBER)) else "&ndash;")
+    head = ["evaluation", "panel", "prompt", "iteration", "success [95%]", "n", "score &plusmn; s.e.", "steps", "invalid"]
+    lines = [[esc(r["label"]), esc(r["panel"]), "with skills" if r["skills"] else "plain", str(r["iteration"]), rate(r),
+              str(r["n"]), score(r), number(r["mean_steps"]), number(r["invalid_rate"])] for r in results]
+    if not any("score" in r for r in results):
+        for line in (head, *lines):
+            del line[6]
+    columns = [esc(r["label"] + (f" ({r['panel']})" if r["panel"] != results[0]["panel"] else "")) for r in results]
+    kinds, games = (sorted({k for r in results for k in r[part]}) for part in ("kinds", "outcomes"))
+    none, word = dict(n=0, successes=0), {True: "won", False: "lost", None: "&ndash;"}
+    by_kind = [[esc(k), *(f"{rate(part)}<br><small>n {part['n']}</small>" for r in results
+                          for part in [r["kinds"].get(k, none)])] for k in kinds]
+    by_game = [[esc(g), *(word[r["outcomes"].get(g)] for r in results)] for g in games]
+    return section("results", "Evaluations",
+                   table("Evaluations: success with its 95% Wilson interval", head, lines, 3),
+                   table("Success by task type, with its 95% Wilson interval", ["task type", *columns], by_kind),
+                   folded(f"Every task of the panel ({len(games)})",
+                          table("Every task, won or lost", ["task", *columns], by_game), "long"))
+
+
+def skill_card(bank: skills.SkillBank, skill: skills.Skill, x_range: tuple[float, float]) -> str:
+    """One skill and its history. Its past states are what the bank's rules (S6) give for its effects, recorded again."""
+    twin = skills.Skill(skill.id, skill.condition, skill.strategy, skill.born, skill.source)
+    replay = dataclasses.replace(bank, skills=[twin], rejected=Counter())
+    changes, utility = [(skill.born, "candidate")], []
+    for iteration, delta in skill.effects:
+        if replay.record(twin, delta, iteration) != changes[-1][1]:
+            changes.append((iteration, twin.state))
+        value, error = twin.utility(bank.kappa), twin.stderr(bank.kappa)
+        error = math.nan if error is None else error
+        utility.append((iteration, value, value - error, value + error))
+    error = skill.stderr(bank.kappa)
+    spread = "no standard error before 2 pairs" if error is None else f"&plusmn; {error:.2f} s.e."
+    effects = [(x, delta, math.nan, math.nan) for x, delta in skill.effects]
+    figure = chart(f"skill{skill.id}", f"Effect of skill {skill.id}", "Paired effects, and the utility with its standard error",
+                   [Series("utility", utility), Series("paired effects", effects, line=False)], changes, x_range, y=(-1, 1),
+                   height=150, level="h4") if skill.n else "<p>Not yet tried in a pair.</p>"
+    doubt = f"<p>The file says {skill.state}, but these effects lead to {twin.state}.</p>" * (twin.state != skill.state)
+    return (f'<article><p class="skill">{esc(skill.text)}</p>\n<p><strong class="state">{skill.state}</strong> '
+            f"utility {skill.utility(bank.kappa):+.2f} {spread}, n {skill.n}<br>"
+            f'{" &rarr; ".join(f"{state} ({x})" for x, state in changes)}<br>'
+            f"<small>mined from {esc(skill.source)}</small></p>{doubt}\n{figure}</article>\n")
+
+
+def skills_section(bank: skills.SkillBank | None, cfg: dict[str, Any], rows: list[dict]) -> str:
+    parts = []
+    if not bank or not bank.skills:
+        why = ("the variant gigpo has no skills" if cfg["variant"] == "gigpo" else "skills.json is missing" if not bank else
+               "the run is in warm-up" if not rows or rows[-1]["phase"] == 0 else "nothing the policy wrote was accepted")
+        parts.append(f"<p>There are no skills to show: {why}.</p>")
+    if bank and (bank.skills or bank.rejected):
+        rejected = ", ".join(f"{reason.replace('_', ' ')} {n}" for reason, n in bank.rejected.items()) or "none"
+        parts.append(f"<p>{len(bank.skills)} skills accepted: "
+                     f"{', '.join(f'{n} {state}' for state, n in bank.counts().items())}. Rejected: {rejected}. A paired "
+                     "effect is the success of a group's half with the skill minus that of its half without. The utility "
+                     f"is their mean, shrunk by n / (n + {bank.kappa:g}); its band is one standard error on either side. "
+                     "In brackets: the iteration of a change.</p>\n")
+        known = [x for s in bank.skills for x in (s.born, *(x for x, _ in s.effects))]
+        x_range = (min(known, default=0), int(max([*known, *(r["iteration"] for r in rows)], default=0)))
+        for state in ("active", "candidate", "retired"):
+            group = sorted((s for s in bank.skills if s.state == state), key=lambda s: -s.utility(bank.kappa))
+            cards = f'<div class="grid3">{"".join(skill_card(bank, s, x_range) for s in group)}</div>'
+            if group:
+                parts.append(folded(f"<h3>{len(group)} {state}, by utility</h3>", cards,
+                                    "open" if state == "active" else ""))
+    return section("skills", "Skill bank", *parts)
+
+
+def spaces(pieces: list[str], text: str) -> list[str]:
+    """The white space that the text has before each piece: a tokenizer of words has none in its pieces.
+
+    >>> spaces(["<a>", "look", "in", "[", "box"], "<a> look in [box")
+    ['', ' ', ' ', ' ', '']
+    """
+    found, at = [], 0
+    for piece in pieces:
+        start = text.find(piece, at)
+        space = text[at:max(start, at)]
+        found.append(space if space.isspace() else "")
+        if start == at + len(found[-1]):
+            at = start + len(piece)
+    return found
+
+
+def step_item(place: int, step: dict[str, Any], scale: float) -> str:
+    """What was seen, the sampled tokens, what they were worth."""
+    a, seen, pieces = step["advantage"], step["observation"], step["pieces"]
+    tokens = "".join(space + (f'<b style="--w:{min(w, 1):.2f}">{esc(p)}</b>' if w > 0 else f"<span>{esc(p)}</span>")
+                     for space, p, w in zip(spaces(pieces, step["text"]), pieces, step["weights"]) if p)
+    tint = f' class="{"pos" if a > 0 else "neg"}" style="--a:{min(abs(a) / scale, 1):.2f}"' if a and finite(a) else ""
+    gated = [w for w in step["weights"] if w > 0]
+    distilled = f"; distilled: {len(gated)} of {len(pieces)} tokens, weight {max(gated):.2f}" if gated else ""
+    seen = esc(seen) if len(seen) <= 400 else folded(f"{esc(seen[:200])} &hellip;", esc(seen[200:])).strip()
+    return (f'<li><div class="seen">[{place}] {seen}</div><p class="said"><span{tint}>{tokens}</span></p><p class="worth">'
+            f'advantage {a:+.2f}, reward {step["reward"]:g}{"" if step["valid"] else ", <strong>invalid</strong>"}'
+            f"{distilled}</p></li>\n")
+
+
+def samples_section(samples: list[dict], folder: Path) -> str:
+    """A plain episode beside a guided one of the same task, token by token, for each phase."""
+    texts, parts = sorted(folder.glob("*.txt")), []
+    if samples:
+        parts.append(f"{LEGEND}<p>Shown is the last sample of each phase, of {len(samples)} in samples/.</p>\n")
+    else:
+        parts.append(f"<p>This run {'has samples without token data' if texts else 'has no sample episodes yet'}.</p>\n")
+        parts += [folded(f"The newest sample as text ({esc(path.name)})",
+                         f"<pre>{esc(path.read_bytes().decode(errors='replace'))}</pre>") for path in texts[-1:]]
+    for s in {s["phase"]: s for s in samples}.values():
+        steps = [step for e in s["episodes"] for step in e["steps"]]
+        scale = max((abs(step["advantage"]) for step in steps if finite(step["advantage"])), default=0) or 1
+        columns = []
+        for e in sorted(s["episodes"], key=lambda e: e["skill"] is not None):
+            prompt = "Plain prompt" if e["skill"] is None else f"With the skill <q>{esc(e['skill'])}</q>"
+            listed = "".join(step_item(t, step, scale) for t, step in enumerate(e["steps"]))
+            end = "success" if e["success"] else "failure"
+            columns.append(f"<article><h4>{prompt}: {end}, {len(e['steps'])} steps</h4><ol>{listed}</ol></article>\n")
+        parts.append(folded(f"<h3>Iteration {s['iteration']}, {siri.PHASES[s['phase']]}: {esc(s['goal'])}</h3>",
+                            f'<p><small>{esc(s["task"])}</small></p><div class="grid2">{"".join(columns)}</div>',
+                            "open" if s is samples[-1] else ""))
+    return section("samples", "Sample episodes", *parts)
+
+
+LEGEND = """<p>Each response is tinted by the advantage of its step: <span class="pos" style="--a:1">blue for +</span>,
+made likelier by the update; <span class="neg" style="--a:1">orange for &minus;</span>, made less likely; fullest where
+the sample has its largest. Tokens in <span class="said"><b style="--w:1">underlined bold</b></span> are distilled into
+the plain prompt in phase 2, the line as thick as their weight; for the others the gate is closed or the weight is 0.</p>
+"""
+
+
+def config_section(cfg: dict[str, Any]) -> str:
+    default = {f.name: f.default for f in dataclasses.fields(siri.Config)}
+    show = lambda v: f"<code>{esc(v)}</code>" if v != "" else "&ndash;"
+    rows = [[esc(k), show(v), show(default.get(k, "")), "changed" if v != default.get(k) else ""] for k, v in cfg.items()]
+    head = ["setting", "value", "default", "changed?"]
+    body = table("Every setting as used; defaults are the paper preset's", head, rows, len(head))
+    changed = sum(row[-1] == "changed" for row in rows)
+    return section("config", "Configuration", folded(f"{len(rows)} settings, {changed} changed from the default", body))
+
+
+# ---- 3. The page ---------------------------------------------------------------------------------------------
+
+
+def page(folder: Path) -> str:
+    """The whole page. Raises UserError for a folder without config.json, or with files that siri.py did not write."""
+    cfg = load(folder / "config.json", dict(env=str, preset=str, variant=str, seed=int))
+    rows, remark = read_metrics(folder / "metrics.csv")
+    results, samples = read_results(folder / "results.json"), read_samples(folder / "samples")
+    bank = siri.load_bank(folder) if (folder / "skills.json").exists() else None
+    name = esc(cfg.get("name") or folder.resolve().name)
+    links = dict(curves="Curves", results="Evaluations", skills="Skill bank", samples="Sample episodes",
+                 config="Configuration")
+    return f"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<title>{name}: report of a SIRI run</title><style>{STYLE}</style></head>
+<body>{header_section(name, cfg, rows, results)}
+<nav aria-label="Sections">{"".join(f'<a href="#{k}">{v}</a>' for k, v in links.items())}</nav>
+<main>{curves_section(rows, results, remark)}
+{results_section(results)}
+{skills_section(bank, cfg, rows)}
+{samples_section(samples, folder / "samples")}
+{config_section(cfg)}</main></body></html>
+"""
+
+
+def write(folder: Path) -> Path:
+    """Write the report of the run in `folder`, and return its path."""
+    path = folder / "report.html"
+    text = page(folder).encode("ascii", "xmlcharrefreplace").decode()           # reads the same in every locale
+    try:
+        siri.write_text(path, text)
+    except OSError as e:
+        raise siri.UserError(f"{path}: cannot be written ({e.strerror})") from e
+    return path
