@@ -176,7 +176,7 @@ _ACTION = re.compile(r"<action>(.*?)</action>", re.S)
 
 
 def parse_action(response: str) -> str | None:
-    """The text of the first `<action>...</action>` after a `<think>...</think>`, lower-cased; None if there is none."""
+    """The text of the first `<action>...</action>`, lower-cased; None if there is none, or no thought anywhere."""
     match = _ACTION.search(response)
     if match is None or "<think>" not in response or "</think>" not in response:
         return None
@@ -264,6 +264,8 @@ class _World(NamedTuple):
 
 @lru_cache(maxsize=256)
 def _translate(domain: str, problem: str) -> _World:
+    if "\0" in domain + problem:                   # for the library its input would end there, and it would end the process
+        raise ValueError("its PDDL holds a zero byte")
     tw, argv, out = _textworld(), sys.argv, sys.stdout
     sys.stdout = io.StringIO()
     try:                                            # the translator rewrites sys.argv and prints
@@ -463,10 +465,10 @@ class AlfWorld:
     """Tasks by split, played on TextWorld. `AlfWorld.official(folder)` has the benchmark's games, `.generated(seed)` new
     ones on the official floor plans, `.household(seed)` small ones in a home with habits."""
     name, scored = "alfworld", False
+    engines: list[AlfEngine] = []                   # free ones, of all worlds of the process: none can ever be unloaded
 
     def __init__(self, notice: str, tasks: Mapping[str, Sequence[Task]], max_steps: int) -> None:
         self.notice, self.splits, self.max_steps = notice, tasks, max_steps
-        self.engines: list[AlfEngine] = []          # free ones
 
     @classmethod
     def official(cls, data: str | Path, *, max_steps: int = 50) -> "AlfWorld":
@@ -532,7 +534,7 @@ def _glance(path: Path) -> tuple[bool, str]:
     if not mark or not goal:
         raise ValueError(f"{path} is not an ALFWorld game (no {'goal' if mark else 'mark `solvable`'}); "
                          "get it again with `alfworld-download`")
-    return mark[1] == b"true", goal[1].decode()
+    return mark[1] == b"true", goal[1].decode(errors="replace")
 
 
 def make(name: str, *, data: str = "", compact: bool = False, max_steps: int = 50, seed: int = 0,
@@ -1158,7 +1160,7 @@ class Shop:
             path = Path(folder).expanduser() / name
             try:
                 loaded.append(json.loads(path.read_bytes()))
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, RecursionError) as error:
                 raise ValueError(f"{path}: cannot be read as JSON ({error}); give the folder with WebShop's data files "
                                  "(--webshop-data), and --webshop-size small or full as they are") from error
             if not isinstance(loaded[-1], kind):
@@ -1248,18 +1250,23 @@ def _synthetic_goals(products: Mapping[str, Product], instructions: Mapping, rng
 def _human_goals(products: Mapping[str, Product], human: Mapping, rng: random.Random) -> Iterator[Goal]:
     """One goal for every instruction that names an attribute."""
     for asin, product in products.items():
-        for n, entry in enumerate(human.get(asin, ())):
+        entries = human.get(asin, [])
+        if not isinstance(entries, list):
+            raise ValueError(f"items_human_ins: product {asin} is {entries!r}, not a list of instructions")
+        for n, entry in enumerate(entries):
             fields = {name: entry.get(name) if isinstance(entry, Mapping) else None
                       for name in ("instruction", "instruction_attributes", "instruction_options")}
-            if isinstance(fields["instruction_options"], Mapping):
-                fields["instruction_options"] = list(fields["instruction_options"].items())
+            options = fields["instruction_options"]
+            if isinstance(options, Mapping):                # by name; in other files the values alone
+                fields["instruction_options"] = list(options.values())
             for name, value in fields.items():
-                if not isinstance(value, str if name == "instruction" else list):
+                if not (isinstance(value, str) if name == "instruction" else _texts(value)):
                     raise ValueError(f"items_human_ins: product {asin}, instruction {n}: field {name!r} is {value!r}")
-            text, attributes, options = fields.values()
+            text, attributes, values = fields.values()
             if attributes:
                 upper, limit = _price_limit(product, rng)
-                yield Goal(product, text.strip(".") + limit, tuple(attributes), tuple(options), upper)
+                options = tuple(options.items()) if isinstance(options, Mapping) else tuple(values)
+                yield Goal(product, text.strip(".") + limit, tuple(attributes), options, upper)
 
 
 # ---- 12. WebShop: pages --------------------------------------------------------------------------------------
@@ -1353,10 +1360,12 @@ class ShopGame:
         match = re.match(r"(.+)\[(.+)\]", action)
         verb, argument = (match[1], match[2].lower()) if match else (action, "")
         page, valid = state.engine, True
+        # An answer has single blanks (`parse_action`); some options don't: "Black / White" is `black  |  white`.
+        clicks = {" ".join(a.split()): a for a in reversed(state.admissible)} | {a: a for a in state.admissible}
         if verb == "search" and argument:
             page = page._replace(kind="results", query=argument, number=1, asin="", chosen=())
-        elif verb == "click" and f"click[{argument}]" in state.admissible:
-            page = self._click(page, argument)
+        elif verb == "click" and f"click[{argument}]" in clicks:
+            page = self._click(page, clicks[f"click[{argument}]"][len("click["):-1])
         else:
             valid = False
         return self._state(page, steps=state.steps + 1, valid=valid)

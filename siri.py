@@ -31,6 +31,7 @@ import time
 import warnings
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Callable, Iterable, Sequence
@@ -231,8 +232,8 @@ def resolve(overrides: dict[str, Any]) -> tuple[Config, str]:
         value = getattr(cfg, f.name)
         if isinstance(value, bool) or isinstance(value, str):
             continue
-        if not math.isfinite(value) or (value < 0 and not f.name.startswith("tau")):
-            raise UserError(f"--{flag(f.name)} {value}: must be a finite number, not negative")
+        if not -2**53 < value < 2**53 or (value < 0 and not f.name.startswith("tau")):      # nan is in no interval
+            raise UserError(f"--{flag(f.name)} {str(value)[:20]}: must be a finite number below 2**53, not negative")
         if value == 0 and f.name not in zero_ok:
             raise UserError(f"--{flag(f.name)} 0: must be positive")
     if cfg.variant != "gigpo" and cfg.group_size % 2:
@@ -394,6 +395,7 @@ class Policy:
 
     def neutralise(self, text: str) -> str:
         """Break every control token in text that comes from a task, an environment or a skill, so that it stays text."""
+        text = text.encode(errors="replace").decode()       # JSON can hold half a character, which no tokenizer takes
         while any(t in text for t in self.specials):
             for t in self.specials:
                 text = text.replace(t, t[0] + " " + t[1:])
@@ -1094,7 +1096,7 @@ def result_line(r: dict[str, Any], width: int = 20) -> str:
 
 def results_block(folder: Path) -> str:
     """What the run reached: one line per evaluation, and the last one per task type."""
-    results = read_json(folder / "results.json")
+    results = load_results(folder)
     lines = [f"results of {folder} ({results[-1]['panel']}; success with 95% Wilson interval)"]
     lines += ["  " + result_line(r) for r in results]
     lines += ["per task type, " + results[-1]["label"], *kind_lines(results[-1])]
@@ -1136,7 +1138,7 @@ def peak_gib() -> float:
 def write_text(path: Path, text: str) -> None:
     """Write aside, then rename: a reader never sees half a file."""
     aside = path.with_name(path.name + ".tmp")
-    aside.write_text(text)
+    aside.write_text(text, encoding="utf-8", errors="replace")
     sync(aside)
     os.replace(aside, path)
 
@@ -1147,15 +1149,24 @@ def write_json(path: Path, data: Any) -> None:
 
 def read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as e:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as e:
         raise UserError(f"{path}: cannot be read as JSON ({e}); is this a run folder?") from e
+
+
+def load_results(folder: Path) -> list[dict[str, Any]]:
+    """A run's evaluations. UserError if the file holds something else."""
+    path = folder / "results.json"
+    results, known = read_json(path), {"label", "iteration", "panel", "n", "success", "interval", "kinds"}
+    if not isinstance(results, list) or not results or not all(isinstance(r, dict) and known <= set(r) for r in results):
+        raise UserError(f"{path}: holds no evaluations; move it away, and evaluate again with --eval {folder}")
+    return results
 
 
 def add_result(folder: Path, result: dict[str, Any]) -> None:
     """Append an evaluation; one with the same label and iteration (a repeat after a resume) is replaced."""
     path = folder / "results.json"
-    results = read_json(path) if path.exists() else []
+    results = load_results(folder) if path.exists() else []
     same = lambda r: (r["label"], r["iteration"], r["panel"]) == (result["label"], result["iteration"], result["panel"])
     write_json(path, [r for r in results if not same(r)] + [result])
 
@@ -1258,7 +1269,7 @@ def damage(checkpoint: Path) -> str:
     try:
         manifest = json.loads((checkpoint / "manifest.json").read_bytes())
         wrong = [name for name, digest in manifest.items() if file_hash(checkpoint / name) != digest]
-    except (OSError, ValueError, AttributeError, TypeError) as e:
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as e:
         return f"manifest.json, or a file that it names: {type(e).__name__}: {e}"
     missing = {"adapter_model.safetensors", "optimizer.safetensors", "progress.json", "skills.json"} - set(manifest)
     return f"damaged: {', '.join([*wrong, *sorted(missing)])}" if wrong or missing else ""
@@ -1293,26 +1304,50 @@ def load_bank(path: Path) -> skills.SkillBank:
         raise UserError(f"{path}/skills.json: {e}; use another checkpoint") from e
 
 
+def load_progress(path: Path, vocab: int) -> Progress:
+    """Progress as `save_checkpoint` wrote it. UserError naming the fields that no run can have written."""
+    data = read_json(path / "progress.json")
+    count = lambda x: type(x) is int and 0 <= x < 2**53
+    number = lambda x: type(x) in (int, float) and -math.inf < x < math.inf
+    text = lambda x: isinstance(x, str)
+    each = lambda holds, at_least=0: lambda x: isinstance(x, list) and len(x) >= at_least and all(map(holds, x))
+    tokens = each(lambda x: count(x) and x < vocab, at_least=1)
+    record = lambda fields: lambda x: isinstance(x, dict) and set(x) == set(fields) and all(
+        holds(x[name]) for name, holds in fields.items())
+    win = record(dict(task=text, goal=text, steps=each(lambda x: each(text)(x) and len(x) == 2, at_least=1)))
+    row = record(dict(prompt=tokens, response=tokens, advantage=number, weight=number, gate=each(lambda x: type(x) is bool)))
+    rules = {f.name: count for f in dataclasses.fields(Progress)} | dict(
+        phase=lambda x: count(x) and x < len(PHASES), seconds=number, solved=each(text), recent=each(number), wins=each(win),
+        gated=each(each(lambda x: row(x) and len(x["gate"]) == len(x["response"]))), finished=lambda x: type(x) is bool)
+    wrong = sorted(set(data) ^ set(rules)) if isinstance(data, dict) else ["no fields"]
+    wrong = wrong or [name for name, holds in rules.items() if not holds(data[name])]
+    if not wrong and data["phase_start"] > data["iteration"]:
+        wrong = ["phase_start"]
+    if wrong:
+        raise UserError(f"{path}/progress.json: missing or malformed: {', '.join(wrong)[:200]}; resume from another checkpoint")
+    return Progress(**data)
+
+
 def load_checkpoint(run: Run, path: Path) -> None:
     """The inverse of `save_checkpoint`; the adapter was loaded with the policy. Later rows of metrics.csv are cut off."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
-    run.bank = load_bank(path)
-    try:
-        tensors = load_file(path / "optimizer.safetensors")
-        run.progress = Progress(**read_json(path / "progress.json"))
-    except (OSError, TypeError, ValueError, SafetensorError) as e:
-        raise UserError(f"{path}: not a checkpoint of this program ({e}); resume from another one") from e
+    saved = load_bank(path)             # its history; the constants are the configuration's, which flags may have changed
+    run.bank.skills, run.bank.rejected = saved.skills, saved.rejected
+    run.progress = load_progress(path, run.policy.vocab)
     state: dict[int, dict[str, torch.Tensor]] = defaultdict(dict)
-    for key, value in tensors.items():
-        index, name = key.split(".", 1)
-        state[int(index)][name] = value.item() if value.dtype == torch.int64 else value      # bitsandbytes counts in int
+    try:
+        for key, value in load_file(path / "optimizer.safetensors").items():
+            index, name = key.split(".", 1)
+            state[int(index)][name] = value.item() if value.dtype == torch.int64 else value  # bitsandbytes counts in int
+    except (OSError, ValueError, SafetensorError) as e:
+        raise UserError(f"{path}/optimizer.safetensors: not of this program ({e}); resume from another one") from e
     run.optimizer.load_state_dict({"state": dict(state), "param_groups": run.optimizer.state_dict()["param_groups"]})
     write_json(run.folder / "skills.json", run.bank.to_json())
     metrics = run.folder / "metrics.csv"
     if metrics.exists():                            # a header and a line for each iteration; the last may be torn
-        lines = metrics.read_bytes().decode().splitlines(keepends=True)[:1 + run.progress.iteration]    # ends are \r\n
-        write_text(metrics, "".join(lines))
+        lines = metrics.read_bytes().decode(errors="replace").splitlines(keepends=True)          # ends are \r\n
+        write_text(metrics, "".join(lines[:1 + run.progress.iteration]))
 
 
 # ---- 8. Command line -------------------------------------------------------------------------------------------
@@ -1334,8 +1369,9 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
-    """Flags from Config's fields. Returns the actions (resume, eval, ...) and the settings that were given."""
+@cache
+def make_parser() -> tuple[Parser, list[str]]:
+    """The command line: the actions, whose names are returned too, and a flag for each of Config's fields."""
     parser = Parser(usage="python siri.py [action] [--setting value ...]", epilog="[P] the SIRI paper, [R] the GiGPO release, [O] our "
                     "choice. Defaults are the paper preset's.", description=__doc__.split("\n\n")[0], allow_abbrev=False,
                     argument_default=argparse.SUPPRESS,
@@ -1360,8 +1396,14 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, 
             kind = (dict(action=argparse.BooleanOptionalAction) if f.type == "bool" else
                     dict(type=kinds[f.type], metavar=f.type.upper()))
             group.add_argument(f"--{flag(f.name)}", dest=f.name, help=said, **kind)
+    return parser, [action.dest for action in actions._group_actions]
+
+
+def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """The actions (resume, eval, ...) and the settings that were given. UserError if bad."""
+    parser, actions = make_parser()
     given = vars(parser.parse_args(argv))
-    chosen = argparse.Namespace(**{a.dest: given.pop(a.dest) for a in actions._group_actions})
+    chosen = argparse.Namespace(**{name: given.pop(name) for name in actions})
     several = [f"--{name}" for name in ("resume", "eval", "report", "play", "bench") if getattr(chosen, name) is not None]
     if len(several) > 1:
         raise UserError(f"{' and '.join(several)}: give one of them")
@@ -1379,11 +1421,19 @@ def make_environment(cfg: Config) -> envs.Environment:
 
 
 def load_config(folder: Path, changes: dict[str, Any]) -> Config:
-    saved = read_json(folder / "config.json")
-    unknown = set(saved) - {f.name for f in dataclasses.fields(Config)}
-    if unknown:
-        raise UserError(f"{folder}/config.json: unknown settings {', '.join(sorted(unknown))}; it is of another version")
-    return resolve({**saved, **changes})[0]
+    """The settings that a run was saved with, changed by the flags of this call."""
+    path = folder / "config.json"
+    saved = read_json(path)
+    if not isinstance(saved, dict):
+        raise UserError(f"{path}: holds no settings; is this a run folder?")
+    kinds = {f.name: ("int", "float") if f.type == "float" else (f.type,) for f in dataclasses.fields(Config)}
+    wrong = [f"{name} {value!r}"[:60] for name, value in saved.items() if type(value).__name__ not in kinds.get(name, ())]
+    if wrong:
+        raise UserError(f"{path}: unknown or malformed settings {', '.join(wrong)}; is it of another version?")
+    try:
+        return resolve({**saved, **changes})[0]
+    except UserError as e:
+        raise UserError(f"{e} (with the settings in {path})") from e
 
 
 def prepare_folder(cfg: Config) -> tuple[Path, Any]:
@@ -1446,6 +1496,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             checkpoint = latest_checkpoint(folder)
             held = lock(folder)
             cfg = load_config(folder, given)
+            if (folder / "results.json").exists():
+                load_results(folder)                # now, and not when the next evaluation has been played
             run = Run(cfg, folder, "saved with the run", checkpoint)
             write_json(folder / "config.json", dataclasses.asdict(cfg))
         else:
@@ -1459,7 +1511,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(results_block(run.folder))
         return 0
     except UserError as e:
-        print(f"siri: {e}", file=sys.stderr)
+        print(f"siri: {' '.join(str(e).split())}", file=sys.stderr)         # one line, whatever it quotes
         return 2
     except Stopped as e:
         print(f"siri: {e}", file=sys.stderr)
@@ -1476,4 +1528,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")       # as standard error: no text ends a run by being unprintable
     sys.exit(main())

@@ -7,6 +7,7 @@ With $SIRI_ALFWORLD_SAMPLE or $ALFWORLD_DATA set to a folder that holds json_2.1
 """
 
 import ast
+import contextlib
 import copy
 import csv
 import dataclasses
@@ -51,6 +52,7 @@ HERE = Path(__file__).resolve().parent
 TINY = siri.PRESETS["tiny"]["model"]                                   # the policy that comes with the program
 torch.set_num_threads(1)                                                # as in the runs from the command line below
 slow = pytest.mark.skipif(not os.environ.get("SIRI_SLOW"), reason="slow: set SIRI_SLOW=1 to run it")
+some = lambda n: n if os.environ.get("SIRI_SLOW") else n // 5          # examples of the longest property tests
 
 
 # ---- 1. gigpo: advantages (G1-G6) ------------------------------------------------------------------------------------
@@ -1145,12 +1147,13 @@ def test_a_file_that_is_no_game_is_named_before_any_play(tmp_path, damage):
 def test_a_broken_game_is_named_with_the_mend_and_spoils_no_other(tmp_path, damage, says):
     world = envs.AlfWorld.official(make_folder(tmp_path, damage))
     (broken,), (sound,) = world.tasks("train"), world.tasks("valid_seen")
+    free = len(world.engines)
     for _ in range(2):
         with pytest.raises(ValueError, match=f"{says}.*alfworld-download") as caught:
             world.open(broken)
         assert broken.id in str(caught.value) and "\n" not in str(caught.value)
         with world.open(sound) as game:
-            assert game.step(game.start, "look").valid and len(world.engines) == 0
+            assert game.step(game.start, "look").valid and len(world.engines) == max(free - 1, 0)
 
 
 @pytest.mark.parametrize("expression", [
@@ -3059,13 +3062,15 @@ def loads_or_none(data):
 @slow
 def test_fifty_kills_at_random_moments_change_nothing(runs, tmp_path):
     """kill -9 anywhere in a life of the process: start, rollout, update, evaluation, writing. Then it may finish."""
-    rng, kills = random.Random(0), 0
+    rng, kills, started = random.Random(0), 0, time.monotonic()
+    assert start(tmp_path, *SMOKE).wait() == 0
+    took = time.monotonic() - started
     while kills < 50:
         cwd = Path(tempfile.mkdtemp(dir=tmp_path))
         while True:
             process = start(cwd, *(["--resume", "runs/x"] if siri.checkpoints(cwd / "runs/x") else SMOKE))
             try:
-                process.wait(rng.uniform(0, 12))
+                process.wait(rng.uniform(0, 0.6 * took))
                 assert process.returncode == 0, (cwd / "err.txt").read_text()
                 break
             except subprocess.TimeoutExpired:
@@ -3077,11 +3082,12 @@ def test_fifty_kills_at_random_moments_change_nothing(runs, tmp_path):
 
 @slow
 def test_three_hundred_iterations_with_faults_end_whole_and_in_flat_memory(tmp_path, monkeypatch, capsys):
-    """Games that raise, gradients that are not finite, signals, torn files: all are survived, and no row is missing."""
+    """Games that raise, gradients that are not finite, a full device, signals, torn files: all are survived, and no row is missing."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(siri, "SIGNALS", (signal.SIGUSR1, signal.SIGTERM))
     rng, seen, memory = random.Random(0), Counter(), {}
     open_game, clip, iterate = envs.AlfWorld.open, torch.nn.utils.clip_grad_norm_, siri.Run.iterate
+    sample = siri.Policy.sample
 
     def faulty_open(env, task):
         if rng.random() < 0.01:
@@ -3094,6 +3100,12 @@ def test_three_hundred_iterations_with_faults_end_whole_and_in_flat_memory(tmp_p
         seen["gradient"] += bad
         return norm * math.nan if bad else norm
 
+    def faulty_sample(policy, *args):
+        if rng.random() < 0.01:
+            seen["memory"] += 1
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return sample(policy, *args)
+
     def faulty_iterate(run):
         row = iterate(run)
         memory[run.progress.iteration] = int(Path("/proc/self/statm").read_text().split()[1])
@@ -3104,6 +3116,7 @@ def test_three_hundred_iterations_with_faults_end_whole_and_in_flat_memory(tmp_p
 
     monkeypatch.setattr(envs.AlfWorld, "open", faulty_open)
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", faulty_clip)
+    monkeypatch.setattr(siri.Policy, "sample", faulty_sample)
     monkeypatch.setattr(siri.Run, "iterate", faulty_iterate)
     code = siri.main(f"{SMALL} --variant gigpo --groups 2 --group-size 2 --max-steps 4 --panel 2 --warmup-max 296".split())
     while code == 130:
@@ -3114,8 +3127,9 @@ def test_three_hundred_iterations_with_faults_end_whole_and_in_flat_memory(tmp_p
         code = siri.main(["--resume", "runs/x"])
     assert code == 0, capsys.readouterr().err
     assert [int(row["iteration"]) for row in metrics(tmp_path)] == list(range(300))
-    assert all(seen[fault] >= 3 for fault in ("game", "gradient", "signal", "torn file")), seen
-    assert memory[300] < 1.05 * memory[20], (memory[20], memory[300])
+    assert all(seen[fault] >= 3 for fault in ("game", "gradient", "memory", "signal", "torn file")), seen
+    floor = lambda last: min(memory[k] for k in range(last - 9, last + 1))      # a leak raises the floor, one update does not
+    assert floor(300) < 1.05 * floor(20), (floor(20), floor(300))
 
 
 @pytest.mark.parametrize("file", ["config.json"])
@@ -3203,7 +3217,338 @@ def test_no_room_and_no_permission_are_said_at_once(tmp_path, monkeypatch, capsy
     assert re.search("runs/x: cannot be written", refusal(capsys, *SMOKE))
 
 
-# ---- 28. notebooks: the benchmark ------------------------------------------------------------------------------------
+# ---- 28. What no text and no file may do -----------------------------------------------------------------------------
+# Texts are made of fragments that mean something to a part of the program, so that they meet in every order.
+
+SHRAPNEL = ["<think>", "</think>", "<action>", "</action>", "<ACTION>", "<skill>", "</skill>", "<|im_end|>", "<|im_start|>",
+            "<|endoftext|>", "<pad>", "<|im_", "end|>", "<", "|>", "|", "->", "when ", "do ", "look", "inventory", "search[", "click[",
+            "]", "lamp", "next >", "features", "\n", "\t", " ", "\0", "\x1c", "\u2028", "\u202e", "\u2066", "\u200b", "\ufeff", "\ud800",
+            "\udfff", "\ufffd", "İ", "ß", "Σ", "２", "🍎", "e\u0301", "<b class='x'>", "&lt;action&gt;", "<!--", "{goal}", "{0}",
+            "%s", "\\", "\\u003c", "#look#", " [SEP] ", "None", "'", '"']
+WORDS = st.sampled_from(SHRAPNEL) | st.text(st.characters(), max_size=4)                # with lone surrogates
+SHORT = st.lists(WORDS, max_size=8).map("".join)
+LONG = st.lists(WORDS, min_size=1, max_size=4).map(lambda parts: ("".join(parts) * 10_000)[:10_000])
+TEXT = st.one_of(*[SHORT] * 15, LONG)
+
+
+@pytest.fixture(scope="module")
+def open_games(home):
+    """A household and a shop kept open, and the states of a walk through each."""
+    shop = envs.WebShop(generated_shop(), "made up")
+    with home.open(home.tasks("train")[0]) as household, shop.open(shop.tasks("test")[0]) as shopping:
+        bought = ["search[lamp]", "click[next >]", None, None, "click[features]", "click[< prev]"]
+        states = [shopping.start]
+        for action in bought:
+            states.append(shopping.step(states[-1], action or states[-1].admissible[-1 if len(states) == 3 else 2]))
+        yield {"alfworld": (household, play(household, seed=1, length=6)), "webshop": (shopping, states)}
+
+
+FRAMES = ["{0}{1}", "<think>{0}</think><action>{1}</action>", "<action>{0}</action>{1}",
+          "<think>x</think><action>search[{0}]</action>{1}", "<skill>when {0} -> {1}</skill>"]
+
+
+@settings(max_examples=some(400), deadline=None)                                              # 2,000 responses
+@given(TEXT, TEXT, st.lists(st.integers(0, 120), max_size=6), st.integers(0, 6))
+def test_no_response_can_hurt_the_game_the_bank_or_the_gate(open_games, first, second, cuts, at):
+    """Whatever is said: an action or none, that any game takes and marks if it is not admitted; a skill in bounds or
+    SkillRejected; and for every action tokens that the gate can train."""
+    for frame in FRAMES:
+        response = frame.format(first, second)
+        edges = [0, *sorted(cut * len(response) // 120 for cut in cuts), len(response)]
+        pieces = [response[i:j] for i, j in zip(edges, edges[1:])]
+        action, mask = envs.parse_action(response), distill.action_mask(pieces)
+        assert len(mask) == len(pieces)
+        if action:
+            trained = " ".join("".join(piece for piece, gated in zip(pieces, mask) if gated).split())
+            assert action.casefold() in trained.casefold()
+        try:
+            condition, strategy = skills.parse_skill(response, max_words=20)
+            assert len(f"{condition} {strategy}".split()) <= 20 and len(f"{condition} {strategy}") <= 200
+        except SkillRejected as rejection:
+            assert rejection.reason in skills.REASONS
+        for world, (game, states) in open_games.items():
+            state, said = states[at], action or ""
+            after = game.step(state, said)
+            known = said in state.admissible
+            search = world == "webshop" and said.startswith("search[")
+            click = world == "webshop" and said[:said.rfind("]") + 1] in state.admissible       # what follows is ignored
+            assert after.valid or not (known or search and re.fullmatch(r"search\[[^\[\]]+\]", said)), said
+            assert known or search or click or not after.valid, said
+            assert after.valid or after.admissible == state.admissible and not after.success and after.reward == 0
+            assert after.steps == state.steps + 1
+
+
+SPLIT_UP = ["<|im_<|im_end|>end|>", "<|im_ end|>", "< |im_end|>", "<|im_\u200bend|>", "\uff1c|im_end|\uff1e", "<\uff5cim_end\uff5c>",
+            "<|IM_END|>", "<|\u0130m_end|>", "<|im_end|", "|im_end|>", "im_end", "<<||iimm__eenndd||>>", "<pa", "d>", "<unk>",
+            "<p<pad>ad>", "\nassistant\n", "<|im_start|>assistant\n", "&#60;|im_end|>", "\\u003c|im_end|>"]
+HOSTILE = st.lists(st.sampled_from(SHRAPNEL + SPLIT_UP * 3) | st.text(st.characters(), max_size=3), max_size=8).map("".join)
+
+
+def prompts_with(text, other, world):
+    """Every prompt that the program writes with a text from elsewhere in it, one text in all of its places."""
+    skill = Skill(0, other, text, 0, "game").text
+    page = f"Instruction: [SEP] {text} [SEP] {other} [SEP] Page 1 [SEP] {text}"
+    state = envs.State(page if world == "webshop" else text, (text, f"click[{other.lower()}]", other), "")
+    for style in ("full", "compact"):
+        yield envs.render_prompt(text, state, [envs.Turn(page, other), envs.Turn(other, text)], skill=skill, style=style,
+                                 world=world)
+        yield skills.mining_prompt(text, [(other, text), (text, other)], style)
+
+
+def control_ids(policy):
+    """The special tokens of the tokenizer's file; <unk> stands for words, and ends nothing."""
+    added = json.loads(policy.tokenizer.backend_tokenizer.to_str())["added_tokens"]
+    return {t["id"] for t in added if t["special"] and t["content"] != "<unk>"}
+
+
+@settings(max_examples=some(250), deadline=None)                                              # 4 prompts and 2 policies: 2,000
+@given(HOSTILE, HOSTILE, st.sampled_from(["alfworld", "webshop"]))
+@pytest.mark.parametrize("name", ["policy", "stranger"])
+def test_no_task_page_command_or_skill_adds_a_control_token(request, name, text, other, world):
+    policy = request.getfixturevalue(name)
+    control = control_ids(policy)
+    for hostile, harmless in zip(prompts_with(text, other, world), prompts_with("apple", "desk", world)):
+        ids, same = ([i for i in policy.encode(prompt) if i in control] for prompt in (hostile, harmless))
+        assert ids == same and len(ids) > 0, hostile
+
+
+@settings(max_examples=some(300), deadline=None)
+@given(st.lists(st.tuples(HOSTILE, HOSTILE), max_size=6), st.integers(1, 9))
+def test_a_bank_of_any_accepted_skills_comes_back_from_its_file(pairs, longest):
+    bank = SkillBank()
+    for condition, strategy in pairs:
+        try:
+            skill = bank.add(*skills.parse_skill(f"<skill>when {condition} -> {strategy}</skill>", max_words=longest), 0, condition)
+            assert len(f"{skill.condition} {skill.strategy}".split()) <= longest and "\n" not in skill.text
+            bank.retrieve(strategy)
+        except SkillRejected as rejection:
+            bank.reject(rejection.reason)
+    assert SkillBank.from_json(json.loads(json.dumps(bank.to_json()))) == bank
+
+
+# Files. A call of the program is real but for the model: it is loaded once, and what it says is made up.
+
+class Parrot:
+    """In the place of `siri.Policy`: one real policy for all calls, which shops by rote and does nothing in a household."""
+
+    def __init__(self, policy):
+        self.policy, self.real = policy, siri.Policy
+
+    def __call__(self, cfg, adapter=None):
+        self.policy.cfg = cfg
+        self.policy.generate = self.speak
+        return self.policy
+
+    def speak(self, prompts, *_):
+        texts = map(self.policy.tokenizer.decode, prompts)
+        return [self.policy.tokenizer(f"<think>x</think><action>{self.choose(text)}</action>",
+                                      add_special_tokens=False).input_ids for text in texts]
+
+    def choose(self, text):
+        """Search, open the first product, choose its last option, buy."""
+        step = int((re.findall(r"Step (\d+)\. You now see the page", text) or ["0"])[-1])
+        offered = re.findall(r"'(click\[.*?\])'", text.rpartition("You can take one of these actions")[2])
+        return {0: "look", 1: "search[lamp]", 2: (offered * 3 + [""] * 3)[2], 3: (offered or [""])[-1]}.get(step, "click[buy now]")
+
+
+def call(*args):
+    """One call of the program: its exit code, output and errors."""
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        code = siri.main(list(map(str, args)))
+    return SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue())
+
+
+GONE = object()
+ATOMS = st.sampled_from([None, True, False, 0, 1, -1, 2, 3, 2.5, -0.5, math.nan, math.inf, 10**20, 10**400, "", "x", "1", "\ud800",
+                         "\n", "<|im_end|>", "$", "candidate", "train", "webshop", [], {}, GONE, GONE, GONE])
+VALUES = ATOMS | st.lists(ATOMS.filter(lambda x: x is not GONE), max_size=2) | st.just({"a": [1]}) | st.just([[[]]])
+SPOTS = st.lists(st.tuples(st.lists(st.integers(0, 99), max_size=5), VALUES), min_size=1, max_size=2)
+FILES_LIKE = ["", "{", "null", "3", "[]", "\"x\"", "NaN", "\0", "[" * 100_000, "{\"a\": " * 100_000, "9" * 5000, "\ud800"]
+
+
+def replaced(data, path, value):
+    """A copy of a JSON value whose part at `path` (numbers, modulo what there is) is `value`, or has that added, or is gone."""
+    if not path or not isinstance(data, (dict, list)) or not data:
+        return {**data, "extra": value} if isinstance(data, dict) and value is not GONE else value
+    new = copy.copy(data)
+    key = (list(data) if isinstance(data, dict) else range(len(data)))[path[0] % len(data)]
+    new[key] = replaced(data[key], path[1:], value)
+    if new[key] is GONE:
+        del new[key]
+    return new
+
+
+@st.composite
+def damaged_json(draw, data):
+    """The text of a JSON file that once held `data`: other values at one or two places, or a torn file, or another one."""
+    how = draw(st.integers(0, 9))
+    if how == 0:
+        return draw(st.sampled_from(FILES_LIKE))
+    text = json.dumps(data)
+    if how == 1:
+        at = draw(st.integers(0, len(text)))
+        return text[:at] + draw(st.sampled_from(["", "\0", "}", "NaN", ",", "\"", "é", "1e999"])) + text[at + draw(st.integers(0, 9)):]
+    for path, value in draw(SPOTS):
+        data = replaced(data, path, value)
+    return "" if data is GONE else json.dumps(data)
+
+
+def write_damaged(path, text):
+    path.unlink(missing_ok=True)                                # others may share the file by a hard link
+    path.write_bytes(text.encode(errors="surrogatepass"))
+
+
+def fresh(template, folder):
+    """A new copy of a run. Files are shared: the program replaces them, and never writes into one but metrics.csv."""
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(template, folder, copy_function=os.link)
+    for name in ("lock", "metrics.csv", "results.json"):
+        (folder / name).unlink()
+        shutil.copy(template / name, folder / name)
+    return folder
+
+
+def works_or_says_why(done, *names):
+    """The promise of every call: it works, or one line says which file (or setting) is at fault."""
+    if done.code != 0:
+        assert done.code == 2 and re.fullmatch(r"siri: .*\n", done.err), done.err
+        assert any(name in done.err for name in names), done.err
+    return done.code == 0
+
+
+@pytest.fixture(scope="module")
+def parked_run(runs, tmp_path_factory):
+    """A run that has one small iteration to go, and the parrot for its policy."""
+    root = tmp_path_factory.mktemp("parked")
+    shutil.copytree(runs[0] / "runs/x", root / "template")
+    config_file, last = root / "template/config.json", siri.latest_checkpoint(root / "template")
+    saved = json.loads(config_file.read_text()) | dict(groups=1, group_size=2, max_steps=2, panel=2, distill_max=4,
+                                                       invalid_penalty=0.0, save_every=9)
+    siri.write_json(config_file, saved)
+    siri.write_json(last / "progress.json", json.loads((last / "progress.json").read_text()) | {"finished": False})
+    sign(last)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(siri, "Policy", Parrot(siri.Policy(siri.load_config(root / "template", {}), last)))
+        assert works_or_says_why(call("--resume", fresh(root / "template", root / "x")))
+        assert works_or_says_why(call("--eval", root / "x", "--with-skills"))
+        yield root
+
+
+def sign(checkpoint):
+    """Make the manifest agree with the files as they are."""
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    siri.write_json(checkpoint / "manifest.json", {name: siri.file_hash(checkpoint / name) for name in manifest})
+
+
+@settings(max_examples=some(100), deadline=None)
+@given(st.data())
+def test_any_config_file_works_or_is_named(parked_run, data):
+    folder = fresh(parked_run / "template", parked_run / "x")
+    saved = json.loads((folder / "config.json").read_text())
+    text = data.draw(damaged_json(saved))
+    write_damaged(folder / "config.json", text)
+    works_or_says_why(call("--eval", folder), "config.json", "siri: --")
+
+
+@settings(max_examples=some(100), deadline=None)
+@given(st.data())
+def test_any_bank_file_works_or_is_named(parked_run, data):
+    folder = fresh(parked_run / "template", parked_run / "x")
+    last = siri.latest_checkpoint(folder)
+    write_damaged(last / "skills.json", data.draw(damaged_json(json.loads((last / "skills.json").read_text()))))
+    sign(last)
+    works_or_says_why(call("--eval", folder, "--with-skills"), "skills.json")
+
+
+@settings(max_examples=some(100), deadline=None)
+@given(st.data())
+def test_any_progress_file_works_or_is_named(parked_run, data):
+    folder = fresh(parked_run / "template", parked_run / "x")
+    last = siri.latest_checkpoint(folder)
+    write_damaged(last / "progress.json", data.draw(damaged_json(json.loads((last / "progress.json").read_text()))))
+    sign(last)
+    works_or_says_why(call("--resume", folder), "progress.json")
+
+
+# Data files. The same run plays them: a household's game file, or a shop of seven products.
+
+@st.composite
+def damaged_game(draw, data):
+    """The text of a game file, torn or with other values, or a word of its PDDL or grammar in the place of another."""
+    if draw(st.booleans()):
+        return draw(damaged_json(data))
+    part = draw(st.sampled_from(["pddl_problem"] * 7 + ["pddl_domain"] * 4 + ["grammar"]))
+    tokens = re.findall(r"\w+|\s+|.", data[part])
+    for at, other in draw(st.lists(st.tuples(st.integers(0, len(tokens) - 1), st.integers(0, len(tokens) - 1)), min_size=1, max_size=3)):
+        tokens[at] = draw(st.sampled_from(["", "(", ")", "\0", "\ud800", "?x", "not"] + [tokens[other]] * 7))
+    return json.dumps({**data, part: "".join(tokens)})
+
+
+@pytest.fixture(scope="module")
+def household_folder(tmp_path_factory):
+    folder = make_folder(tmp_path_factory.mktemp("data"))
+    return folder, next((folder / "json_2.1.1/train").glob("**/game.tw-pddl"))
+
+
+@settings(max_examples=some(100), deadline=None)
+@given(st.data())
+def test_any_game_file_works_or_is_named(parked_run, household_folder, data):
+    folder, file = household_folder
+    sound = json.loads((next((folder / "json_2.1.1/valid_seen").glob("**/game.tw-pddl"))).read_text())
+    write_damaged(file, data.draw(damaged_game(sound)))
+    done = call("--eval", fresh(parked_run / "template", parked_run / "x"), "--no-compact", "--alfworld-data", folder, "--split", "train")
+    works_or_says_why(done, str(file), f"no ALFWorld games in {file.parents[2]}")
+    lost = [line for line in done.out.splitlines() if "environment failed" in line]
+    assert all(re.search(r"train/\S+ is not a sound ALFWorld game", line) for line in lost), lost
+
+
+@settings(max_examples=some(100), deadline=None)
+@given(st.data(), st.sampled_from(["items_shuffle_1000", "items_ins_v2_1000", "items_human_ins"]))
+def test_any_shop_file_works_or_is_named(parked_shopper, data, name):
+    folder = write_shop(parked_shopper)
+    sound = json.loads((folder / f"{name}.json").read_text())
+    write_damaged(folder / f"{name}.json", data.draw(damaged_json(sound)))
+    goals = "human" if name == "items_human_ins" else "synthetic"
+    done = call("--eval", fresh(folder / "template", folder / "x"), "--webshop-data", folder, "--webshop-goals", goals)
+    works_or_says_why(done, name.removesuffix("_1000"), "goals are too few")
+    assert "environment failed" not in done.out, done.out
+
+
+@pytest.fixture(scope="module")
+def parked_shopper(parked_run, stranger_folder, tmp_path_factory):
+    """A run that shops, its policy one that can say anything, and the folder for the shop's files."""
+    root = tmp_path_factory.mktemp("shop")
+    shutil.copytree(parked_run / "template", root / "template")
+    cfg = stranger_config(stranger_folder, env="webshop", webshop_split="release", webshop_tagger="stop-list", max_steps=5,
+                          groups=2, max_prompt=9999, variant="gigpo")
+    siri.write_json(root / "template/config.json", dataclasses.asdict(cfg))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(envs.SHOP_SPLITS, "release", {"train": (2, None), "validation": (0, 2), "test": (0, 2)})
+        patch.setattr(siri, "Policy", Parrot(siri.Policy(cfg)))
+        yield root
+
+
+def test_an_option_with_two_blanks_can_be_chosen_as_an_answer_writes_it():
+    """WebShop puts blanks around a slash, so that "a / b" gets two on each side; `parse_action` leaves one."""
+    odd = article("lamp", "Lamp", "$5.00", {"Color": ["Black / White", "black | white"], "Size": ["6  wide"]}, [], "Shines.")
+    game = visit(goal_of(LAMP, shop=(shop := shop_of([odd]))), shop)
+    state = walk(game, "search[lamp]", f"click[{LAMP.lower()}]")
+    assert {"click[black  |  white]", "click[black | white]", "click[6  wide]"} <= set(state.admissible)
+    for offered, kept in (("click[6  wide]", "6  wide"), ("click[black | white]", "black | white")):
+        action = envs.parse_action(f"<think>x</think><action>{offered}</action>")
+        state = game.step(state, action)
+        assert state.valid and dict(state.engine.chosen)[{"6": "size"}.get(kept[0], "color")] == kept
+    assert dict(game.step(state, "click[black  |  white]").engine.chosen)["color"] == "black  |  white"
+
+
+def test_a_zero_byte_in_a_game_does_not_end_the_process(tmp_path):
+    """Fast Downward's C++ half calls exit() on input that it cannot read."""
+    world = envs.AlfWorld.official(make_folder(tmp_path, lambda text: text.replace("(:init", "(:init (isClean \\u0000)")))
+    with pytest.raises(ValueError, match="zero byte"):
+        world.open(world.tasks("train")[0])
+
+
+# ---- 29. notebooks: the benchmark ------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def world():
@@ -3301,7 +3646,7 @@ def test_without_trl_its_benchmark_is_skipped_with_the_mend(tmp_path, monkeypatc
     assert row["skipped"] in capsys.readouterr().out
 
 
-# ---- 29. notebooks: report and play ----------------------------------------------------------------------------------
+# ---- 30. notebooks: report and play ----------------------------------------------------------------------------------
 
 HOSTILE = "</style></title><script>alert('x')</script><img src=//e.example onerror=f()>&amp;\"'\x1b[31m\u202e\ud800"
 
@@ -3707,7 +4052,7 @@ def test_play_with_a_run_needs_its_checkpoint(tmp_path):
         terminal.main(siri.resolve({"preset": "tiny"})[0], tmp_path)
 
 
-# ---- 30. What the documentation promises -----------------------------------------------------------------------------
+# ---- 31. What the documentation promises -----------------------------------------------------------------------------
 
 README = (HERE / "README.md").read_text() if (HERE / "README.md").exists() else ""
 COMMANDS = [line.strip() for block in re.findall(r"```bash\n(.*?)```", README.replace("\\\n", " "), re.S)
