@@ -12,6 +12,7 @@ import copy
 import csv
 import dataclasses
 import doctest
+import gc
 import html
 import importlib.util
 import io
@@ -3124,6 +3125,7 @@ def test_three_hundred_iterations_with_faults_end_whole_and_in_flat_memory(tmp_p
         if rng.random() < 0.3:
             seen["torn file"] += 1
             spoil(newest / rng.choice(FILES), rng.choice(["cut", "missing", "other"]))
+        gc.collect()                            # the run that ended goes with its process, in life
         code = siri.main(["--resume", "runs/x"])
     assert code == 0, capsys.readouterr().err
     assert [int(row["iteration"]) for row in metrics(tmp_path)] == list(range(300))
@@ -4052,7 +4054,47 @@ def test_play_with_a_run_needs_its_checkpoint(tmp_path):
         terminal.main(siri.resolve({"preset": "tiny"})[0], tmp_path)
 
 
-# ---- 31. What the documentation promises -----------------------------------------------------------------------------
+# ---- 31. notebooks: the lessons --------------------------------------------------------------------------------------
+
+LESSONS = sorted(HERE.glob("notebooks/*.ipynb"))
+
+
+def code_cells(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def text_of(cell):
+    return "".join(o.get("text", "") + o.get("data", {}).get("text/plain", "") for o in cell.outputs)
+
+
+@pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
+def test_a_notebook_can_be_read_without_running_it(path):
+    import nbformat
+    notebook = nbformat.read(path, 4)
+    nbformat.validate(notebook)
+    cells = code_cells(notebook)
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))          # run once, from the top
+    assert all(sum(map(bool, cell.source.splitlines())) <= 15 for cell in cells) and path.stat().st_size < 600_000
+    outputs = [o for cell in cells for o in cell.outputs]
+    assert all(o.output_type != "error" and o.get("name") != "stderr" for o in outputs)
+    assert any("image/png" in o.get("data", {}) for o in outputs)
+    assert any("exact" in cell.metadata.get("tags", []) for cell in cells)
+
+
+@pytest.mark.skipif(not os.environ.get("SIRI_NOTEBOOKS"), reason="takes minutes: set SIRI_NOTEBOOKS=1 to run it")
+@pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
+def test_a_notebook_runs_and_shows_what_the_modules_hold_now(path):
+    """From top to bottom without an error; cells with the tag `exact` print what is committed, to the letter."""
+    import nbclient
+    import nbformat
+    before = nbformat.read(path, 4)
+    after = nbclient.NotebookClient(copy.deepcopy(before), timeout=900, resources={"metadata": {"path": str(HERE)}}).execute()
+    for old, new in zip(code_cells(before), code_cells(after)):
+        if "exact" in old.metadata.get("tags", []):
+            assert text_of(new) == text_of(old), old.source
+
+
+# ---- 32. What the documentation promises -----------------------------------------------------------------------------
 
 README = (HERE / "README.md").read_text() if (HERE / "README.md").exists() else ""
 COMMANDS = [line.strip() for block in re.findall(r"```bash\n(.*?)```", README.replace("\\\n", " "), re.S)
@@ -4095,10 +4137,16 @@ def test_readme_commands_are_valid(command):
             siri.resolve(given)
 
 
+@pytest.mark.parametrize("file", ["bench.json", "bench-cuda.json"])
+def test_the_readmes_performance_tables_are_those_of_the_files(file):
+    measured = json.loads((HERE / "assets" / file).read_text())
+    assert not measured["quick"] and bench.markdown(measured) in (HERE / "README.md").read_text()
+
+
 def test_readme_names_exist():
     """Files, functions, tests and flags in back-quotes."""
     options = {siri.flag(field.name) for field in dataclasses.fields(siri.Config)} | {
-        "resume", "eval", "with-skills", "check", "help"}
+        "help", *(action.replace("_", "-") for action in siri.make_parser()[1])}
     modules = dict(gigpo=gigpo, distill=distill, skills=skills, envs=envs, siri=siri)
     assert "`gigpo." in README and "`test_" in README
     for name in re.findall(r"`([^`\n]+)`", README):

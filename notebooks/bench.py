@@ -679,7 +679,7 @@ def trl(cfg: siri.Config, rounds: int, quick: bool) -> list[Row]:
 
 @add_part
 def caches(cfg: siri.Config, rounds: int, quick: bool) -> list[Row]:
-    """Greedy answers to the first prompts of 64 episodes, by `Policy.generate` and by two other ways of transformers: a
+    """Greedy answers to the first prompts of 16 episodes, by `Policy.generate` and by two other ways of transformers: a
     static cache, and continuous batching. A way is worth keeping where it is faster *and* gives the same tokens; how many
     answers are the same is in `same`. The last row bounds what sharing the prefill of a group's common first prompt could save."""
     from transformers import GenerationConfig
@@ -687,7 +687,8 @@ def caches(cfg: siri.Config, rounds: int, quick: bool) -> list[Row]:
     n_groups, size = (2, 2) if quick else (8, 8)
     env, policy, out = siri.make_environment(cfg), siri.Policy(cfg), []
     groups = play(policy, env, some_tasks(env, 0, n_groups), size, cfg.temperature)
-    prompts = [e.steps[0].prompt for group in groups for e in group]
+    everyone = [e.steps[0].prompt for group in groups for e in group]
+    prompts = everyone[::len(everyone) // min(16, len(everyone))]                           # of every group
     greedy = dict(do_sample=False, max_new_tokens=cfg.max_response, eos_token_id=policy.stops, pad_token_id=policy.pad)
 
     def cut(ids: list[int]) -> list[int]:
@@ -722,7 +723,7 @@ def caches(cfg: siri.Config, rounds: int, quick: bool) -> list[Row]:
         same = sum(a == b for a, b in zip(answers["ours"], answers[name]))
         out.append(row("caches", "plain generate", "new tokens/s", found["ours"]["rate"], name, found["other"]["rate"],
                        same=f"{same} of {len(prompts)}"))
-    first = [seconds(lambda: policy.generate(prompts, 0.0, 1))[0] for _ in range(rounds)]
+    first = [seconds(lambda: policy.generate(everyone, 0.0, 1))[0] for _ in range(rounds)]
     whole = [seconds(lambda: play(policy, env, some_tasks(env, 0, n_groups), size, cfg.temperature))[0] for _ in range(rounds)]
     return out + [row("caches", "first prompts' prefill, of a rollout", "%", [100 * a / b for a, b in zip(first, whole)])]
 
@@ -867,6 +868,21 @@ def line(r: Row) -> str:
     verdict = f"{r['require']} {'yes' if r['met'] else 'NO'}" if r["require"] else ""
     return (f"{r['part']:<12} {r['what']:<40} {r['unit']:<16} {show(r['ours']):<28} {r['than'] or '':<16} "
             f"{show(r['other']):<28} {show(r['ratio']):<24} {verdict}").rstrip()
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """A report's rows as the table that README shows."""
+    number = lambda x: f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
+    show = lambda s: "" if not s else number(s["median"]) + (
+        f" [{number(s['min'])}, {number(s['max'])}]" if s["min"] < s["max"] else "")
+    lines = ["| part | what | unit | ours | beside | theirs | ours / theirs | required |", "|---|---|---|---|---|---|---|---|"]
+    for r in report["rows"]:
+        cells = [r["part"], f"skipped: {r['skipped']}"] + [""] * 6 if "skipped" in r else [
+            r["part"], r["what"] + (f" ({r['same']} answers the same)" if "same" in r else ""), r["unit"], show(r["ours"]),
+            r["than"] or "", show(r["other"]), show(r["ratio"]),
+            f"{r['require']}: {'yes' if r['met'] else '**no**'}" if r["require"] else ""]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 HEADER = (f"{'part':<12} {'what':<40} {'unit':<16} {'ours: median [min, max]':<28} {'beside':<16} "
