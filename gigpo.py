@@ -207,11 +207,11 @@ def token_logprobs(
         h = h.detach().requires_grad_()
         raw = lm_head(h)  # (n, V)
         logp, entropy, p = score(raw.detach(), y)
-        p.neg_()[torch.arange(len(y), device=y.device), y] += 1.0  # temperature * d logp / d logits = one-hot - p
+        p[torch.arange(len(y), device=y.device), y] -= 1.0  # -temperature * d logp / d logits = p - one-hot
         if p.shape[-1] < width:
             p = torch.nn.functional.pad(p, (0, width - p.shape[-1]))
         slope, = torch.autograd.grad(raw, h, p.to(raw.dtype))
-        return logp, entropy, slope.float() / temperature  # (n, H)
+        return logp, entropy, slope.float() / -temperature  # (n, H)
 
     n = budget_bytes // (4 * width)
     chunks = list(zip(hidden.split(n), targets.split(n)))

@@ -2304,6 +2304,36 @@ def test_out_of_memory_costs_time_and_nothing_else(policy, monkeypatch, capsys):
         policy.generate(prompts, 0.0, 8)
 
 
+def test_token_budgets_follow_from_what_two_probes_of_each_kind_take(policy, monkeypatch):
+    """A device of 24 GiB on which generating takes 1 MiB a row and training 3 MiB a row, above 5 GiB of weights."""
+    gib, mib = 2**30, 2**20
+    policy, taken, told = copy.copy(policy), [], []
+    policy.cfg = dataclasses.replace(policy.cfg, max_prompt=100, max_response=28, memory_gib=20.0)
+    policy.device, policy.gen_tokens, policy.update_tokens = "cuda", 0, 0
+
+    def logprobs(rows):
+        assert {(len(r.prompt), len(r.response)) for r in rows} == {(100, 28)}
+        taken.append(5 * gib + 3 * mib * len(rows))
+        return torch.zeros(1, requires_grad=True), None
+
+    policy.sample = lambda prompts, temperature, new: taken.append(5 * gib + mib * len(prompts))
+    policy.logprobs = logprobs
+    for name, result in dict(get_device_properties=SimpleNamespace(total_memory=24 * gib), memory_reserved=0,
+                             mem_get_info=(23 * gib, 24 * gib), empty_cache=None, reset_peak_memory_stats=None).items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, result=result: result)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: taken[-1])
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", told.append)
+    policy.fit()
+    adam = 8 * sum(p.numel() for p in policy.trainable)
+    spare = 0.85 * 20 * gib - adam - 5 * gib
+    assert told == [20 / 24] and policy.gen_tokens == pytest.approx(spare / mib * 102, rel=1e-3)
+    assert policy.update_tokens == pytest.approx(spare / (3 * mib) * 128, rel=1e-3)
+    policy.cfg = dataclasses.replace(policy.cfg, memory_gib=4.0)
+    policy.gen_tokens, policy.sample = 0, Memory(None, 1)
+    with pytest.raises(siri.UserError, match="--memory-gib 4.0: a row of 128 tokens does not fit"):
+        policy.fit()
+
+
 @pytest.mark.parametrize("name", ["policy", "stranger"])
 def test_logprobs_equal_the_models_own_logits_in_any_batch(request, name):
     policy = request.getfixturevalue(name)
