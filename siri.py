@@ -185,7 +185,7 @@ TINY = dict(
     n_eval=3, kappa=1.0, active_req=14, distill_max=8, distill_lr=1e-3, panel=120, sample_every=5)
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},                                                           # one 24 GB GPU
-    "paper48": dict(groups=8, memory_gib=44.0),                            # one 48 GB GPU
+    "paper48": dict(groups=8, memory_gib=44.0, four_bit=False),            # one 48 GB GPU, bf16
     "tiny": TINY,                                                          # a laptop, 15 minutes
     "smoke": TINY | dict(groups=2, group_size=4, warmup_max=2, n_req=1, floor=0.0, mining_max=2, n_eval=1,
                          mine_wins=4, distill_max=2, distill_min=1, active_req=1, panel=8,
@@ -323,6 +323,10 @@ class Policy:
             except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as e:
                 raise UserError(f"{adapter}: its adapter cannot be loaded ({' '.join(str(e).split())[:200]}); use another "
                                 "checkpoint") from e
+            saved = self.model.peft_config["default"]
+            if (saved.r, saved.lora_alpha) != (cfg.lora_r, cfg.lora_alpha):
+                raise UserError(f"--lora-r {cfg.lora_r} --lora-alpha {cfg.lora_alpha}: the adapter in {adapter} has {saved.r} "
+                                f"and {saved.lora_alpha}, which cannot be changed; leave these flags out")
         self.model.eval()
         self.vocab = len(self.tokenizer)        # ids from here on are padding of the weight matrix, never sampled
         self.specials = sorted(set(self.tokenizer.all_special_tokens) | {
@@ -371,10 +375,16 @@ class Policy:
             if getattr(self, budget):
                 continue
             try:
-                once, twice = peak(work, n), peak(work, 2 * n)
+                once = peak(work, n)
             except torch.OutOfMemoryError as e:
-                raise UserError(f"--memory-gib {cfg.memory_gib}: a row of {row} tokens does not fit; lower --max-prompt and "
-                                "--max-response, or add --4bit") from e
+                raise UserError(f"--memory-gib {cfg.memory_gib}: {n} rows of {row} tokens do not fit; lower --max-prompt and "
+                                f"--max-response{'' if cfg.four_bit else ', or add --4bit'}") from e
+            try:
+                twice = peak(work, 2 * n)
+            except torch.OutOfMemoryError:
+                twice = math.inf                                    # the budget is n rows
+                self.model.zero_grad(set_to_none=True)
+                self.model.eval()
             spare = .85 * limit - adam - once                       # the rest is for holes between allocations
             tokens = n * (cfg.max_prompt + (2 if work is generate else cfg.max_response))
             setattr(self, budget, int(tokens * (1 + max(0, spare) / (twice - once))))
@@ -389,7 +399,8 @@ class Policy:
                 pass                            # not here: the traceback still holds the tensors
             tokens = getattr(self, budget)
             if tokens <= self.cfg.max_prompt + self.cfg.max_response:
-                raise UserError("out of memory with a single row: lower --max-prompt and --max-response, or add --4bit")
+                raise UserError("out of memory with a single row: lower --max-prompt and --max-response"
+                                f"{'' if self.cfg.four_bit else ', or add --4bit'}")
             setattr(self, budget, tokens // 2)
             tqdm.write(f"     out of memory: {budget} is {tokens // 2} from here on; trying again")
 
@@ -837,7 +848,8 @@ class Run:
         plain = [e for group in groups for e in group if e.skill is None]
         shortest = {e.task.id: e for e in sorted(plain, key=lambda e: -len(e.steps)) if e.success}
         p.solved += [task for task in shortest if task not in p.solved]
-        p.recent = (p.recent + [mean(e.success for e in plain)])[-3:]
+        if plain:                               # an iteration may lose all of its groups
+            p.recent = (p.recent + [mean(e.success for e in plain)])[-3:]
         if cfg.variant != "gigpo" and p.phase < 2:
             p.wins = (p.wins + [dict(task=e.task.id, goal=e.task.goal, steps=[[s.action, s.result] for s in e.steps])
                                 for e in shortest.values()])[-cfg.mine_wins:]
@@ -1342,6 +1354,10 @@ def load_checkpoint(run: Run, path: Path) -> None:
             state[int(index)][name] = value.item() if value.dtype == torch.int64 else value  # bitsandbytes counts in int
     except (OSError, ValueError, SafetensorError) as e:
         raise UserError(f"{path}/optimizer.safetensors: not of this program ({e}); resume from another one") from e
+    moment = "state1" if run.cfg.four_bit else "exp_avg"
+    if any(moment not in tensors for tensors in state.values()):        # 8-bit moments for 32-bit Adam, or the reverse
+        state.clear()
+        tqdm.write("     the optimizer is another one with --4bit than without: its moments begin anew")
     run.optimizer.load_state_dict({"state": dict(state), "param_groups": run.optimizer.state_dict()["param_groups"]})
     write_json(run.folder / "skills.json", run.bank.to_json())
     metrics = run.folder / "metrics.csv"
@@ -1465,6 +1481,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if chosen.with_skills and chosen.eval is None:
             raise UserError("--with-skills: only together with --eval RUN")
         if chosen.report is not None:
+            if given:
+                raise UserError(f"--{flag(next(iter(given)))}: --report takes no settings")
             from notebooks import report
             print(report.write(Path(chosen.report)))
             return 0
@@ -1486,7 +1504,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(env.notice)
             bank = load_bank(checkpoint) if chosen.with_skills else None
             label = "eval with skills" if bank else "eval"
-            result = evaluate(Policy(cfg, checkpoint), env, panel_tasks(cfg, env), cfg, label, bank)
+            policy = Policy(dataclasses.replace(cfg, update_tokens=1), checkpoint)      # nothing is trained: no probe of it
+            result = evaluate(policy, env, panel_tasks(cfg, env), cfg, label, bank)
             result |= dict(checkpoint=str(checkpoint.name), iteration=int(checkpoint.name.split("-")[0]))
             add_result(place, result)
             print("\n".join([result_line(result), *kind_lines(result)]))

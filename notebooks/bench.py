@@ -776,10 +776,10 @@ def paper(cfg: siri.Config, rounds: int, quick: bool) -> list[Row]:
     device, out = "cuda" if torch.cuda.is_available() else "cpu", []
     bandwidth, flops = ceilings(device)
     with tempfile.TemporaryDirectory() as folder:
-        model = cfg.model if (Path(cfg.model) / "config.json").exists() and not quick else folder
+        model = cfg.model if (Path(cfg.model) / "config.json").exists() and not (quick or cfg.compact) else folder
         if model == folder:
             random_model(Path(folder), SMALL if quick else QWEN_7B, device)
-        for name, settings in (("24 GB, 4-bit", dict(preset="paper")), ("48 GB, bf16", dict(preset="paper48", four_bit=False))):
+        for name, settings in (("24 GB, 4-bit", dict(preset="paper")), ("48 GB, bf16", dict(preset="paper48"))):
             if quick:
                 settings |= dict(four_bit=False, max_prompt=64, max_response=8, group_size=2)
             gc.collect()                                        # the policy before
@@ -824,7 +824,7 @@ def paper_preset(name: str, cfg: siri.Config, rounds: int, bandwidth: float, flo
     hour = lambda read, new: steps * cfg.groups * cfg.group_size * (
         read / g["prefill"] + new / g["decode"] + (read + new) / t) / 3600
     one = lambda what, unit, values, **more: row("paper", note + what, unit, values, **more)
-    return [one("load and fit", "s", [took], model=cfg.model if Path(cfg.model).parts[0] != "/" else "random weights",
+    return [one("load and fit", "s", [took], model="random weights" if Path(cfg.model).parent == Path(tempfile.gettempdir()) else Path(cfg.model).name,
                 gen_tokens=policy.gen_tokens, update_tokens=policy.update_tokens, rows=n),
             one(f"prefill, {n} prompts of {width}", "tokens/s", found["generate"]["prefill"]),
             one(f"decoding step of {n} rows", "ms", found["generate"]["step"]),

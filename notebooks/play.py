@@ -7,6 +7,7 @@ terminal. The games are those of the evaluation panel (`--split`, `--panel`), in
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import sys
 from collections.abc import Callable
@@ -106,7 +107,7 @@ def main(cfg: siri.Config, run: Path | None) -> None:
     """Games until the person quits. With `run`, the policy is its latest checkpoint, else the preset's base policy."""
     checkpoint = siri.latest_checkpoint(run) if run else None
     env = siri.make_environment(cfg)
-    policy = cache(lambda: siri.Policy(cfg, checkpoint))
+    policy = cache(lambda: siri.Policy(dataclasses.replace(cfg, update_tokens=1), checkpoint))      # no probe of training
     tasks = siri.panel_tasks(cfg, env)
     show(f"{env.notice}\npolicy: {checkpoint or cfg.model}\n{HELP}")
     order = np.random.default_rng(cfg.seed).permutation(len(tasks))
