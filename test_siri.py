@@ -3469,7 +3469,7 @@ def works_or_says_why(done, *names):
     return done.code == 0
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="class")                  # made anew for every test: no other may meet the parrot
 def parked_run(runs, tmp_path_factory):
     """A run that has one small iteration to go, and the parrot for its policy."""
     root = tmp_path_factory.mktemp("parked")
@@ -3567,7 +3567,7 @@ def test_any_shop_file_works_or_is_named(parked_shopper, data, name):
     assert "environment failed" not in done.out, done.out
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="class")                  # made anew for every test: no other may meet the parrot
 def parked_shopper(parked_run, stranger_folder, tmp_path_factory):
     """A run that shops, its policy one that can say anything, and the folder for the shop's files."""
     root = tmp_path_factory.mktemp("shop")
