@@ -4154,7 +4154,7 @@ COMMANDS = [line.strip() for block in re.findall(r"```bash\n(.*?)```", README.re
             for line in re.split(r"\n|&&", block) if line.strip() and not line.strip().startswith("#")]
 
 
-@pytest.mark.parametrize("module", [gigpo, distill, skills, envs, siri], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [gigpo, distill, skills, envs, siri, report], ids=lambda module: module.__name__)
 def test_examples_in_docstrings_run(module):
     result = doctest.testmod(module)
     assert result.attempted > 0 and result.failed == 0
