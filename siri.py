@@ -227,7 +227,8 @@ def resolve(overrides: dict[str, Any]) -> tuple[Config, str]:
             raise UserError(f"--{flag(f)} {getattr(cfg, f)}: unknown; choose one of {', '.join(allowed)}")
     zero_ok = {"seed", "env_steps", "panel", "history", "warmup_max", "mining_max", "distill_max", "n_req", "floor",
                "weight_decay", "kl_beta", "dual_clip", "invalid_penalty", "omega", "kappa", "ucb", "lambda_warm",
-               "gen_tokens", "update_tokens", "lambda_max", "tau_up", "tau_down", "active_req", "alfworld_data", "name", "eval_temperature"}
+               "lambda_max", "tau_up", "tau_down", "active_req", "alfworld_data", "name", "eval_temperature", "gen_tokens",
+               "update_tokens"}
     for f in dataclasses.fields(cfg):
         value = getattr(cfg, f.name)
         if isinstance(value, bool) or isinstance(value, str):
@@ -346,7 +347,7 @@ class Policy:
 
     def fit(self) -> None:
         """Token budgets that were left open: from two probes of each kind of work, which give its bytes per token. UserError
-        if one row does not fit into `memory_gib`."""
+        if the smaller one, 8 rows to generate or one to update, does not fit into `memory_gib`."""
         cfg, row = self.cfg, self.cfg.max_prompt + self.cfg.max_response
         if self.device == "cpu":
             self.gen_tokens, self.update_tokens = self.gen_tokens or 32768, self.update_tokens or 8192
@@ -759,8 +760,8 @@ class Run:
         self.panel = panel_tasks(cfg, self.env)
         print(self.env.notice)
         print(f"preset {cfg.preset} ({reason}); model {cfg.model}, "
-              f"{'4-bit, ' if cfg.four_bit else ''}LoRA r {cfg.lora_r}; {cfg.prompt_style} prompts; variant {cfg.variant}; seed {cfg.seed}; "
-              f"folder {folder}", flush=True)
+              f"{'4-bit, ' if cfg.four_bit else ''}LoRA r {cfg.lora_r}; {cfg.prompt_style} prompts; variant {cfg.variant}; "
+              f"seed {cfg.seed}; folder {folder}", flush=True)
         self.policy = Policy(cfg, resume)
         print(f"memory: batches of {self.policy.gen_tokens} tokens to generate, {self.policy.update_tokens} to update",
               flush=True)
@@ -1388,9 +1389,9 @@ class Parser(argparse.ArgumentParser):
 @cache
 def make_parser() -> tuple[Parser, list[str]]:
     """The command line: the actions, whose names are returned too, and a flag for each of Config's fields."""
-    parser = Parser(usage="python siri.py [action] [--setting value ...]", epilog="[P] the SIRI paper, [R] the GiGPO release, [O] our "
-                    "choice. Defaults are the paper preset's.", description=__doc__.split("\n\n")[0], allow_abbrev=False,
-                    argument_default=argparse.SUPPRESS,
+    parser = Parser(usage="python siri.py [action] [--setting value ...]", description=__doc__.split("\n\n")[0],
+                    epilog="[P] the SIRI paper, [R] the GiGPO release, [O] our choice. Defaults are the paper preset's.",
+                    allow_abbrev=False, argument_default=argparse.SUPPRESS,
                     formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=120))
     actions = parser.add_argument_group("actions (without one: train)")
     actions.add_argument("--check", action="store_true", default=False, help="can this machine install the requirements?")

@@ -3504,23 +3504,14 @@ def test_any_config_file_works_or_is_named(parked_run, data):
 
 
 @settings(max_examples=some(100), deadline=None)
-@given(st.data())
-def test_any_bank_file_works_or_is_named(parked_run, data):
+@given(data=st.data())
+@pytest.mark.parametrize("name, action, more", [("skills.json", "--eval", ["--with-skills"]), ("progress.json", "--resume", [])])
+def test_any_checkpoint_file_works_or_is_named(parked_run, data, name, action, more):
     folder = fresh(parked_run / "template", parked_run / "x")
     last = siri.latest_checkpoint(folder)
-    write_damaged(last / "skills.json", data.draw(damaged_json(json.loads((last / "skills.json").read_text()))))
+    write_damaged(last / name, data.draw(damaged_json(json.loads((last / name).read_text()))))
     sign(last)
-    works_or_says_why(call("--eval", folder, "--with-skills"), "skills.json")
-
-
-@settings(max_examples=some(100), deadline=None)
-@given(st.data())
-def test_any_progress_file_works_or_is_named(parked_run, data):
-    folder = fresh(parked_run / "template", parked_run / "x")
-    last = siri.latest_checkpoint(folder)
-    write_damaged(last / "progress.json", data.draw(damaged_json(json.loads((last / "progress.json").read_text()))))
-    sign(last)
-    works_or_says_why(call("--resume", folder), "progress.json")
+    works_or_says_why(call(action, folder, *more), name)
 
 
 # Data files. The same run plays them: a household's game file, or a shop of seven products.
@@ -3618,11 +3609,11 @@ def spoken(groups):
 def test_the_benchmarks_rollouts_play_the_same_episodes(world):
     """Greedy: a batch that shrinks, one prompt at a time, and a batch of fixed shape."""
     env, policy = world
-    tasks = bench.some_tasks(env, 0, 2)
+    tasks = bench.some_tasks(env, 0, 4)[2:]                                 # the second is won before the steps run out
     ours, alone, padded = (bench.play(p, env, tasks, 2, 0.0) for p in (
         policy, bench.one_by_one(policy), bench.max_padded(policy, 4)))
     assert spoken(ours) == spoken(alone) == spoken(padded)
-    assert len({len(e.steps) for group in ours for e in group} | {0}) > 1
+    assert len({len(e.steps) for group in ours for e in group}) > 1         # so the batch did shrink
 
 
 def test_the_fixed_batch_keeps_its_shape(world, monkeypatch):
