@@ -27,9 +27,9 @@ from torch import Tensor
 
 
 def action_mask(pieces: Sequence[str]) -> list[bool]:
-    """Whether each sampled token has a character of the action: the text inside the first `<action>...</action>`.
+    """S7: whether each sampled token has a character of the action: the text inside the first `<action>...</action>`.
 
-    `pieces` are the decoded response tokens in order, and their concatenation is the response. The tags are not part
+    `pieces` are the T decoded response tokens in order, and their concatenation is the response. The tags are not part
     of the action, but a token that straddles a tag and the action counts. Without a complete pair no token counts.
     """
     found = re.search(r"<action>(.*?)</action>", "".join(pieces), re.DOTALL)
@@ -75,7 +75,7 @@ def action_gate(
 
 
 def advantage_weights(advantage: Tensor, a_max: float, *, uniform: bool = False) -> Tensor:
-    """S8: `w = clip(A, 0, A_max) / A_max`, in [0, 1], with the shape of `advantage` (G6).
+    """S8: `w = clip(A, 0, A_max) / A_max`, in [0, 1], with the shape of `advantage` (G6); `a_max` is in its units.
 
     `uniform=True` (ablation `no_advantage`) gives 1 everywhere. `a_max <= 0` raises ValueError.
     """
@@ -87,7 +87,7 @@ def advantage_weights(advantage: Tensor, a_max: float, *, uniform: bool = False)
 def lambda_schedule(k: int, lambda_max: float, k_warm: int) -> float:
     """S10: `lambda(k) = lambda_max min(1, k / K_warm)`, the coefficient of S9 in the phase's k-th iteration.
 
-    Zero at k = 0 unless `k_warm` is 0, which means no warm-up. A negative `k` or `k_warm` raises ValueError.
+    Zero at k = 0 unless `k_warm`, in iterations, is 0: no warm-up. A negative `k` or `k_warm` raises ValueError.
     """
     if k < 0 or k_warm < 0:
         raise ValueError(f"k and k_warm must not be negative, got k={k}, k_warm={k_warm}")
@@ -102,6 +102,7 @@ def internalization_loss(logp_plain: Tensor, weight: Tensor, gate: Tensor) -> tu
 
     `logp_plain`, `weight` and `gate` (bool) are (B, T), or flat, or broadcast to that; log-probabilities in nats. Sum
     both over the micro-batches of an optimizer step and divide once, so that the gradient doesn't depend on the split.
+    The count can be 0. Shapes that don't broadcast raise RuntimeError.
     """
     logp_plain, weight, gate = torch.broadcast_tensors(logp_plain, weight, gate)  # (B, T)
     return -(weight[gate] * logp_plain[gate]).sum(), gate.sum()

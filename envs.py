@@ -1,4 +1,4 @@
-"""Environments: text tasks that a policy plays, one state in and one state out. ALFWorld (sections 3-9), WebShop (10-13).
+"""Environments: text tasks that a policy plays, a state in and a state out. ALFWorld: sections 3-9; WebShop: 10-13.
 
 An environment is a set of *tasks* and a way to play them. Playing is functional: `game.step(state, action)`
 returns a new `State` and never changes the old one, so the rollouts of a group share one engine, start in the
@@ -21,11 +21,13 @@ import math
 import os
 import random
 import re
+import subprocess
 import sys
 import zlib
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from decimal import Decimal
 from functools import cache, lru_cache
@@ -33,6 +35,8 @@ from importlib.resources import files
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
 from types import SimpleNamespace
 from typing import Any, Iterator, Mapping, NamedTuple, Protocol, Sequence
 
@@ -54,7 +58,10 @@ class Task:
 
 @dataclass(frozen=True)
 class State:
-    """What a rollout is in after `steps` actions. Immutable; `engine` belongs to the environment."""
+    """What a rollout is in after `steps` actions. Immutable; `engine` belongs to the environment.
+
+    Both benchmarks give a reward of 10 for the action that succeeds and 0 for any other, as the GiGPO release does.
+    """
     observation: str                # text shown to the policy
     admissible: tuple[str, ...]     # commands that the environment accepts now
     anchor: str                     # equal anchors are the same anchor state (G3)
@@ -68,7 +75,8 @@ class State:
 
 
 class Game(Protocol):
-    """One task, opened. All rollouts of a group play the same `Game`."""
+    """One task, opened. All rollouts of a group play the same `Game`: `step` returns the state after an action, and
+    leaves the old one as it was."""
     task: Task
     start: State
 
@@ -77,13 +85,17 @@ class Game(Protocol):
 
 
 class Environment(Protocol):
-    """A benchmark: tasks by split, and games to play them in."""
+    """A benchmark: tasks by split, and games to play them in. An episode ends after `max_steps` actions.
+
+    `open` and `step` may raise anything: the group is then dropped, or in an evaluation counted as not solved.
+    """
     name: str
     scored: bool                    # whether a task has a score besides success
     max_steps: int
     notice: str                     # the first line of output: which data this is
 
     def tasks(self, split: str) -> Sequence[Task]: ...
+    def prepare(self, tasks: Sequence[Task]) -> None: ...       # they will be opened soon; most have nothing to do
     def open(self, task: Task) -> Game: ...
 
 
@@ -108,13 +120,19 @@ First reason about what to do next inside <think> </think>, then give exactly on
 
 
 class Turn(NamedTuple):
+    """A past step of the prompt's history: what was observed, and the action that was then sent."""
     observation: str
     action: str
 
 
 def render_prompt(goal: str, state: State, history: Sequence[Turn], *, skill: str | None = None,
                   style: str = "full", window: int = 2, world: str = "alfworld") -> str:
-    """The user turn of one step: task, last `window` observation-action pairs, observation, admissible actions."""
+    """The user turn of one step: task, last `window` observation-action pairs, observation, admissible actions.
+
+    The fields, and that `help` is not listed, are the GiGPO release's, the words ours; `skill` is the one line of S4.
+    `style="compact"`, for the tiny policy, leaves out `look`, `inventory` and `examine`, too; on WebShop it has no list
+    but brackets what can be clicked, and stars what the task names. A pair that PROMPTS lacks raises KeyError.
+    """
     recent = list(history)[-window:] if window else []
     if style == "full":
         show = (lambda text: _after_task(text, goal)) if world == "webshop" else str
@@ -176,7 +194,10 @@ _ACTION = re.compile(r"<action>(.*?)</action>", re.S)
 
 
 def parse_action(response: str) -> str | None:
-    """The text of the first `<action>...</action>`, lower-cased; None if there is none, or no thought anywhere."""
+    """The text of the first `<action>...</action>`, lower-cased; None if there is none, or no thought anywhere.
+
+    The GiGPO release asks for the same tags; without them it plays the action, or the last 30 characters, as invalid.
+    """
     match = _ACTION.search(response)
     if match is None or "<think>" not in response or "</think>" not in response:
         return None
@@ -254,15 +275,14 @@ def _expression(text: str) -> Any:
 
 
 class _World(NamedTuple):
-    """A translated game: Fast Downward's input, and what the text needs to know about it."""
-    sas: bytes                                      # compressed: a full game's is near a megabyte, and many are kept
-    facts: dict[str, set[tuple[str, ...]]]
+    """A translated game: Fast Downward's input, and what the text needs to know about it. JSON can hold it."""
+    sas: str                                        # compressed, in hex: a full game's is near a megabyte, and many are kept
+    facts: dict[str, list[Sequence[str]]]           # predicate -> rows of arguments
     types: dict[str, str]                           # object -> type
-    supertypes: dict[str, set[str]]                 # type -> itself and its supertypes
-    parameters: dict[str, list[tuple[str, str]]]    # action -> (variable, type)
+    supertypes: dict[str, list[str]]                # type -> itself and its supertypes
+    parameters: dict[str, list[Sequence[str]]]      # action -> (variable, type)
 
 
-@lru_cache(maxsize=256)
 def _translate(domain: str, problem: str) -> _World:
     if "\0" in domain + problem:                   # for the library its input would end there, and it would end the process
         raise ValueError("its PDDL holds a zero byte")
@@ -274,13 +294,73 @@ def _translate(domain: str, problem: str) -> _World:
         raise ValueError(f"Fast Downward rejects its PDDL (exit {error.code})") from error
     finally:
         sys.argv, sys.stdout = argv, out
-    facts: dict[str, set] = defaultdict(set)
+    facts: dict[str, list] = defaultdict(list)
     for atom in task.init:
         if isinstance(atom, tw.Atom) and atom.predicate != "=":
-            facts[atom.predicate].add(tuple(atom.args))
-    return _World(zlib.compress(sas.encode(), 1), dict(facts), {o.name: o.type_name for o in task.objects},
-                  {t.name: {t.name, *t.supertype_names} for t in task.types},
+            facts[atom.predicate].append(atom.args)
+    return _World(zlib.compress(sas.encode(), 1).hex(), {name: sorted(rows) for name, rows in facts.items()},
+                  {o.name: o.type_name for o in task.objects},
+                  {t.name: [t.name, *t.supertype_names] for t in task.types},
                   {a.name: [(p.name.strip("?"), p.type_name) for p in a.parameters] for a in task.actions})
+
+
+class Translator:
+    """Fast Downward's translation, the dearest part of opening a game, done ahead of time by a second process.
+
+    What was announced is translated there, in order, while this process generates and learns; the rest is done here.
+    The second process ends with this one, when its input closes.
+    """
+
+    def __init__(self) -> None:
+        self.known: dict[tuple[str, str], _World] = {}      # the last 256
+        self.announced: list[tuple[str, str]] = []          # those whose answers are still to come
+        self.process: subprocess.Popen | None = None
+
+    def announce(self, domain: str, problem: str) -> None:
+        """Begin to translate a game that will be needed soon. OSError if no second process can be started."""
+        if (domain, problem) in self.known or (domain, problem) in self.announced:
+            return
+        if self.process is None:                            # in a session of its own, where Ctrl-C doesn't reach it
+            self.process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                            text=True, start_new_session=True)
+        try:
+            print(json.dumps([domain, problem]), file=self.process.stdin, flush=True)
+            self.announced.append((domain, problem))
+        except BrokenPipeError:                             # somebody has killed it
+            self.process, self.announced = None, []
+
+    def world(self, domain: str, problem: str) -> _World:
+        """The translated game. ValueError if it can't be translated."""
+        key = domain, problem
+        while key not in self.known and key in self.announced:
+            line = self.process.stdout.readline()
+            if line.endswith("\n"):
+                self._keep(self.announced.pop(0), json.loads(line))
+            else:                                           # somebody has killed it
+                self.process, self.announced = None, []
+        if key not in self.known:
+            self._keep(key, _translate(*key))
+        return self.known[key]
+
+    def _keep(self, key: tuple[str, str], world: Sequence | None) -> None:
+        if world:                                           # else it couldn't be translated: here, it will say why
+            self.known[key] = _World(*world)
+        if len(self.known) > 256:
+            del self.known[next(iter(self.known))]
+
+    def serve(self) -> None:
+        """The second process: a line of JSON for each game, in and out; null for one that can't be translated."""
+        games: SimpleQueue = SimpleQueue()
+        Thread(target=lambda: [games.put(line) for line in chain(sys.stdin, [None])], daemon=True).start()
+        with suppress(BrokenPipeError):                     # the first process has ended
+            for line in iter(games.get, None):
+                answer = None
+                with suppress(Exception):                   # whatever it is, the first process will meet and report it
+                    answer = _translate(*json.loads(line))
+                print(json.dumps(answer), flush=True)
+
+
+translator = Translator()                                   # one for all worlds of the process
 
 
 def _literal(name: str) -> tuple[str, tuple[str, ...]]:
@@ -296,23 +376,32 @@ class _Node:
 
 
 class AlfEngine:
-    """One Fast Downward library, one game at a time: `step` from any node, in any order."""
+    """One Fast Downward library, one game at a time: `step` from any node, in any order.
+
+    Raises ImportError, with the mend, where TextWorld's engine is missing or can't run.
+    """
 
     def __init__(self) -> None:
         self.fd = _textworld().fd
         self.lib = self.fd.load_lib()
 
     def load(self, data: Mapping[str, Any]) -> None:
-        self.world = _translate(data["pddl_domain"], data["pddl_problem"])
+        """Translate a game in ALFWorld's format (`pddl_game`): `root` is then its first node, `intro` its opening text.
+
+        Raises KeyError for a part that is missing, ValueError for PDDL that Fast Downward rejects or a grammar that
+        lacks a rule or evaluates more than names and text, and what TextWorld's parsers raise.
+        """
+        self.world = translator.world(data["pddl_domain"], data["pddl_problem"])
         self.logic, goal = _grammar(data["grammar"])
-        self.lib.load_sas(zlib.decompress(self.world.sas))
-        facts = defaultdict(set, {name: set(rows) for name, rows in self.world.facts.items()})
+        self.lib.load_sas(zlib.decompress(bytes.fromhex(self.world.sas)))
+        facts = defaultdict(set, {name: set(map(tuple, rows)) for name, rows in self.world.facts.items()})
         atoms = (self.fd.Atom * self.lib.get_state_size())()
         self.lib.get_state(atoms)
         for predicate, arguments in map(_literal, (a.name for a in atoms)):
             if not predicate.startswith("not_"):
                 facts[predicate].add(arguments)
         used = {a for rows in facts.values() for row in rows for a in row}
+        self.parameters = {action: [*map(tuple, rows)] for action, rows in self.world.parameters.items()}
         self.entities = {name: _textworld().EntityInfo(name, self.world.types[name]) for name in used}
         demangler = _textworld().Demangler(game_infos=self.entities)
         for info in self.entities.values():
@@ -322,7 +411,7 @@ class AlfEngine:
         self.intro = self._write("#intro#", self.root.facts, {}).replace(STAND_IN, goal)
 
     def step(self, node: _Node, command: str) -> tuple[_Node, str]:
-        """The next node, and TextWorld's feedback."""
+        """The next node, and TextWorld's feedback: "Nothing happens.", at the same node, to an inadmissible command."""
         command = command.strip()
         if command not in node.commands:
             return node, "Nothing happens."
@@ -357,7 +446,7 @@ class AlfEngine:
         self.lib.get_applicable_operators(operators)
         for operator in {op.name: op for op in reversed(operators)}.values():
             action, *arguments = operator.name.split()
-            binding = dict(zip(self.world.parameters[action], arguments))
+            binding = dict(zip(self.parameters[action], arguments))
             command = self._write(self.logic.actions[action].template, facts, binding)
             node.commands[command] = (operator.id, operator.nb_effect_atoms, action, binding)
         node.admissible = tuple(sorted(node.commands))
@@ -415,7 +504,7 @@ class AlfEngine:
 
 
 class AlfGame:
-    """One game, opened on a borrowed engine. `start` and every later `State` can be stepped from again, in any order."""
+    """A game, opened on a borrowed engine. `start` and every later `State` can be stepped from again, in any order."""
 
     def __init__(self, env: "AlfWorld", task: Task, data: Mapping[str, Any]) -> None:
         self.env, self.engine = env, env.engines.pop() if env.engines else AlfEngine()
@@ -428,7 +517,10 @@ class AlfGame:
         self.start = self._state(self.engine.root, self.engine.intro.removeprefix(BANNER))
 
     def step(self, state: State, action: str) -> State:
-        """The state after `action`. An inadmissible action is answered "Nothing happens." and marked invalid."""
+        """The state after `action`. An inadmissible action is answered "Nothing happens." and marked invalid.
+
+        The episode ends at the goal, or after `max_steps` actions. A state that is done raises ValueError.
+        """
         if state.done:
             raise ValueError(f"{self.task.id}: the episode ended after {state.steps} steps; step another state")
         node, text = self.engine.step(state.engine, action)
@@ -462,8 +554,8 @@ def _textworld_memory() -> dict:
 
 
 class AlfWorld:
-    """Tasks by split, played on TextWorld. `AlfWorld.official(folder)` has the benchmark's games, `.generated(seed)` new
-    ones on the official floor plans, `.household(seed)` small ones in a home with habits."""
+    """Tasks by split, played on TextWorld. `AlfWorld.official(folder)` has the benchmark's games, `.generated(seed)`
+    new ones on the official floor plans, `.household(seed)` small ones in a home with habits."""
     name, scored = "alfworld", False
     engines: list[AlfEngine] = []                   # free ones, of all worlds of the process: none can ever be unloaded
 
@@ -476,6 +568,7 @@ class AlfWorld:
 
         Like the official loader this leaves out sliced and movable objects and games not marked solvable. Raises
         ValueError for a folder without games, and for a split whose files are not games, naming what is wrong.
+        `max_steps` is in actions; 50 is the GiGPO release's.
         """
         folder = Path(data).expanduser()
         folder = folder if folder.name == "json_2.1.1" else folder / "json_2.1.1"
@@ -499,7 +592,7 @@ class AlfWorld:
 
     @classmethod
     def generated(cls, seed: int = 0, *, max_steps: int = 50) -> "AlfWorld":
-        """New games in ALFWorld's format on the official floor plans, as many as the benchmark has."""
+        """New games, drawn from `seed`, in ALFWorld's format on official floor plans; as many as the benchmark has."""
         notice = ("ALFWorld: GENERATED games (no data folder was given or found), played on TextWorld's engine. "
                   "Their scores are not ALFWorld benchmark scores.")
         return cls(notice, {split: GeneratedTasks(split, seed) for split in SPLIT_COUNTS}, max_steps)
@@ -514,13 +607,23 @@ class AlfWorld:
         return cls(notice, {split: GeneratedTasks(split, 0, home) for split in SPLIT_COUNTS}, max_steps)
 
     def tasks(self, split: str) -> Sequence[Task]:
+        """The tasks of "train", "valid_seen" or "valid_unseen"; another split raises KeyError."""
         return self.splits[split]
 
+    def prepare(self, tasks: Sequence[Task]) -> None:
+        """Have the games of these tasks translated by a second process, so that `open` need not wait for it."""
+        for task in tasks:
+            with suppress(OSError, ValueError, KeyError, TypeError):       # `open` will say what is wrong
+                data = self._data(task)
+                translator.announce(data["pddl_domain"], data["pddl_problem"])
+
+    def _data(self, task: Task) -> Mapping[str, Any]:
+        return pddl_game(task.data) if isinstance(task.data, Scene) else json.loads(task.data.read_text("utf-8"))
+
     def open(self, task: Task) -> AlfGame:
-        """Raises ValueError naming the game if it is not a sound one."""
+        """The task's game, on a free engine or a new one. Raises ValueError naming a game that is not sound."""
         try:
-            data = pddl_game(task.data) if isinstance(task.data, Scene) else json.loads(task.data.read_text("utf-8"))
-            return AlfGame(self, task, data)
+            return AlfGame(self, task, self._data(task))
         except Exception as error:                  # whatever is wrong with a file from elsewhere, say which file it is
             raise ValueError(f"{task.id} is not a sound ALFWorld game ({type(error).__name__}: {' '.join(str(error).split())}); "
                              "get it again with `alfworld-download`") from error
@@ -539,8 +642,12 @@ def _glance(path: Path) -> tuple[bool, str]:
 
 def make(name: str, *, data: str = "", compact: bool = False, max_steps: int = 50, seed: int = 0,
          **shop: str) -> Environment:
-    """The environment that a configuration asks for. `shop`: settings of `make_shop`. Raises ValueError or ImportError
-    with the mend."""
+    """The environment that a configuration asks for: "alfworld" or "webshop", of the files in `data` or generated.
+
+    `seed` draws what is generated, `max_steps` is in actions, `shop` are settings of `make_shop`. `compact`: the tiny
+    policy's small world, on ALFWorld whatever `data` says. ALFWorld's empty `data` means $ALFWORLD_DATA if that holds
+    the games. Raises ValueError or ImportError with the mend.
+    """
     if name == "webshop":
         return make_shop(data, compact, max_steps, seed, **shop)
     if name != "alfworld":
@@ -571,7 +678,7 @@ LAMP_STANDS = ("Desk", "SideTable", "Dresser", "DiningTable", "Shelf", "CoffeeTa
 
 @lru_cache(maxsize=None)
 def wheel() -> SimpleNamespace:
-    """The tables of the wheel, read on first use. None of this needs AI2-THOR, torch or the data set."""
+    """The tables of alfworld's wheel, read on first use. None of this needs AI2-THOR, torch or the data set."""
     from alfworld.gen import constants, goal_library
     root = files("alfworld")
     fixed = sorted(set(constants.VAL_RECEPTACLE_OBJECTS) - constants.MOVABLE_RECEPTACLES_SET)
@@ -597,6 +704,7 @@ class Scene:
 
     @property
     def goal(self) -> str:
+        """The sentence that the policy is given, by ALFRED's template."""
         return wheel().goals[self.kind]["templates"][self.template].format(
             obj=self.target.lower(), recep=self.destination.lower(), toggle=self.destination.lower())
 
@@ -610,7 +718,10 @@ def entity(cls: str, number: int) -> str:
 
 @lru_cache(maxsize=None)
 def floor_plan(number: int) -> tuple[dict[str, list[str]], list[str], bool]:
-    """One of the 120 rooms: its receptacles' ids by class, its movable object classes, whether it has a desk lamp."""
+    """One of the 120 rooms: its receptacles' ids by class, its movable object classes, whether it has a desk lamp.
+
+    Another number raises FileNotFoundError.
+    """
     present, listed = (json.loads((wheel().layouts / f"FloorPlan{number}-{what}.json").read_text())
                        for what in ("objects", "openable"))
     # `listed` names instances, "Sink|-01.90|+00.97|-01.50|SinkBasin", but leaves out fixtures such as stove burners.
@@ -636,13 +747,16 @@ def possible_goals(kind: str, number: int) -> dict[str, list[str]]:
 
 @lru_cache(maxsize=None)
 def plans_for(kind: str, unseen: bool) -> list[int]:
-    """The floor plans of a split in which a task type is possible."""
+    """The floor plans of a split in which a task type is possible; an unknown type raises KeyError."""
     rooms = [n for room in sorted(wheel().rooms[kind]) for n in wheel().plans[room]]
     return [n for n in rooms if (n in UNSEEN_PLANS) == unseen and possible_goals(kind, n)]
 
 
 def floor_plan_scene(rng: random.Random, split: str) -> tuple[Scene, str]:
-    """Draw a task and furnish the room: one to three of each object class, each somewhere plausible."""
+    """Draw a task and furnish the room: one to three of each object class, each somewhere plausible.
+
+    Task types are as frequent as in the original training games. Returns the scene and the floor plan's number.
+    """
     kind = rng.choices(list(KIND_COUNTS), KIND_COUNTS.values())[0]
     number = rng.choice(plans_for(kind, split == "valid_unseen"))
     goals, (ids, classes, lit) = possible_goals(kind, number), floor_plan(number)
@@ -678,7 +792,7 @@ class Household:
     So what is learnt in one household helps in its other games and in no other household. Games are small: 8 or 9
     receptacles of distinct classes, 4 to 8 objects, one of each class (two of the target in pick-two tasks), a
     destination that needs no opening, the desk lamp on the desk. Pairs of target and destination in `valid_unseen`
-    occur in no other split.
+    occur in no other split. A `share` that leaves a room without object classes raises IndexError.
     """
 
     def __init__(self, seed: int, loyalty: float = 0.9, share: float = 1.0):
@@ -692,9 +806,11 @@ class Household:
             self.unseen |= {(o, p) for o in objects for p in rng.sample(self.destinations(room, o), 2)}
 
     def destinations(self, room: str, target: str) -> list[str]:
+        """Where an object class can be asked to go in a room: places that need no opening, but for its usual one."""
         return [p for p in ROOMS[room][0] if p not in wheel().openable and p != self.habit[target]]
 
     def scene(self, rng: random.Random, split: str) -> tuple[Scene, str]:
+        """Draw a task, each type as often as any other, and furnish a room for it. Returns the scene and the room."""
         kind = rng.choice(list(KIND_COUNTS))
         room = rng.choice([r for r in ROOMS if r in wheel().rooms[kind]])
         places, appliances, classes = *ROOMS[room][:2], self.objects[room]
@@ -818,7 +934,7 @@ def oracle_walkthrough(game: dict) -> list[str]:
 
 
 class GeneratedTasks(Sequence):
-    """The tasks of a split, made when asked for."""
+    """The tasks of a split, made when asked for. An index below 0 or past the end raises IndexError."""
 
     def __init__(self, split: str, seed: int, household: Household | None = None):
         self.split, self.seed, self.household = split, seed, household
@@ -903,7 +1019,7 @@ class SearchIndex:
         self._saturation = ONE + np.asarray(frequencies)[by_term] * inverse_norms
 
     def search(self, query: str, k: int = 50) -> list[int]:
-        """The indices of the at most k best documents that score above 0, best first."""
+        """The indices of the at most k best documents that score above 0, best first; ties by name."""
         scores = self._scores(query)
         found = np.flatnonzero(scores > 0)
         if len(found) > k > 0:
@@ -926,12 +1042,14 @@ class SearchIndex:
 
 
 def search_terms(text: str) -> list[str]:
-    """A text's index terms in order, with repeats: its words but for stop words, lower-cased and stemmed."""
+    """A text's index terms in order, with repeats: its words but for stop words, lower-cased and stemmed, as Lucene's
+    English analyzer has them."""
     return list(chain.from_iterable(map(_analysed, _lucene_tokens(text))))
 
 
 def lucene_lengths(lengths: np.ndarray) -> np.ndarray:
-    """Document lengths (integers) as Lucene's one-byte norms give them back: 4 significant bits of what exceeds 24."""
+    """Document lengths (terms; integers of any shape) as Lucene's one-byte norms give them back: 4 significant bits of
+    what exceeds 24."""
     excess = np.maximum(lengths - EXACT_LENGTHS, 0)
     dropped = np.maximum(np.frexp(excess)[1] - 4, 0)    # frexp's exponent is the number of bits
     return np.minimum(lengths, EXACT_LENGTHS) + (excess >> dropped << dropped)
@@ -1038,7 +1156,8 @@ class Product:
 
 @dataclass(frozen=True)
 class Goal:
-    """What a shopper is asked to buy. `options` are (name, value) pairs of a synthetic goal, or values of a human one."""
+    """What a shopper is asked to buy, for at most `price_upper` dollars (1e6: no limit). `options` are (name, value)
+    pairs, or values alone where a human goal comes without the names."""
     product: Product
     text: str
     attributes: tuple[str, ...]
@@ -1047,7 +1166,7 @@ class Goal:
 
 
 class Score(NamedTuple):
-    """The reward of a purchase with all its terms."""
+    """WebShop's reward of a purchase with all its terms. Its `total` is the score of a `State`."""
     attributes: tuple[str, ...]     # attributes asked for that the product has
     options: tuple[Any, ...]        # options asked for that were chosen
     price: bool                     # not above the limit
@@ -1079,6 +1198,8 @@ def _pipeline(name: str) -> Any:
 def title_nouns(title: str, tagger: str) -> tuple[str, ...]:
     """Nouns of a title, lower-cased: spaCy's, or with "stop-list" every word but those of the closed classes.
 
+    A model that is not installed raises OSError, and without spaCy ImportError.
+
     >>> title_nouns("The Kettle for My Desk", "stop-list")
     ('kettle', 'desk')
     """
@@ -1104,7 +1225,10 @@ def _colour(option: Any) -> Any:
 
 
 def purchase_score(product: Product, chosen: Sequence[str], goal: Goal, tagger: str) -> Score:
-    """WebShop's reward for buying `product` with the option values `chosen`."""
+    """WebShop's reward (arXiv 2207.01206) for buying `product` with the option values `chosen`.
+
+    `tagger`, and what one that is not installed raises, as in `title_nouns`.
+    """
     text = [product.name.lower(), " ".join(product.bullets).lower(), product.description.lower()]
     attributes = tuple(a for a in goal.attributes
                        if any(_alike(own, a) for own in product.attributes) or any(a in t for t in text))
@@ -1125,7 +1249,9 @@ class Shop:
     def __init__(self, items: Sequence[Mapping], instructions: Mapping, human: Mapping | None = None, *,
                  tagger: str = "auto", source: str = "items"):
         """From the contents of the original's files: `items_shuffle`, `items_ins_v2`, and for human goals
-        `items_human_ins`. Raises ValueError naming file, product and field of what is missing or malformed."""
+        `items_human_ins`. Raises ValueError naming file, product and field of what is missing or malformed, or the
+        tagger that is not installed. As in the original, a product whose asin is "nan", over 10 characters or taken
+        is left out."""
         self.tagger = find_tagger() if tagger == "auto" else tagger
         if self.tagger != "stop-list" and not find_spec(self.tagger):
             raise ValueError(f"the spaCy model {self.tagger!r} is not installed; give --webshop-tagger stop-list")
@@ -1152,7 +1278,7 @@ class Shop:
     @classmethod
     def load(cls, folder: str | Path, *, size: str = "small", goals: str = "synthetic", tagger: str = "auto") -> "Shop":
         """The original's files in `folder`: size "small" (the first 1,000 products) or "full", goals "synthetic"
-        or "human". Raises ValueError naming the file for one that is missing or not JSON."""
+        or "human". Raises ValueError naming the file for one that is missing or not JSON, and what `Shop()` raises."""
         tail = "_1000" if size == "small" else ""
         names = [f"items_shuffle{tail}.json", f"items_ins_v2{tail}.json"] + ["items_human_ins.json"] * (goals == "human")
         loaded = []
@@ -1168,9 +1294,10 @@ class Shop:
         return cls(*loaded, tagger=tagger, source=str(Path(folder) / names[0]))
 
     @classmethod
-    def generated(cls, seed: int = 0, products: int = 1000, *, tagger: str = "auto") -> "Shop":
-        """A made-up catalogue in the same format; see `generate_catalogue`."""
-        return cls(*generate_catalogue(seed, products), tagger=tagger, source=f"generated catalogue {seed}")
+    def generated(cls, seed: int = 0, products: int = 1000, *, qualities: int = 12, tagger: str = "auto") -> "Shop":
+        """A made-up catalogue in the same format; raises what `generate_catalogue` and `Shop()` raise."""
+        return cls(*generate_catalogue(seed, products, qualities=qualities), tagger=tagger,
+                   source=f"generated catalogue {seed}")
 
 
 def _product(item: Mapping, n: int, instructions: Mapping, rng: random.Random, source: str) -> Product:
@@ -1354,7 +1481,11 @@ class ShopGame:
 
     def step(self, state: State, action: str) -> State:
         """The state after `search[words]` (from any page) or `click[what the page offers]`; anything else changes
-        nothing and is marked invalid."""
+        nothing and is marked invalid.
+
+        The episode ends at the purchase, whose score is WebShop's reward, or after `max_steps` actions. A state that is
+        done raises ValueError.
+        """
         if state.done:
             raise ValueError(f"{self.task.id}: the episode ended after {state.steps} steps; step another state")
         match = re.match(r"(.+)\[(.+)\]", action)
@@ -1413,7 +1544,11 @@ class ShopGame:
 
 
 class WebShop:
-    """Shopping goals in one shop. A task's type is its product's category."""
+    """Shopping goals in one shop. A task's type is its product's category.
+
+    `what` names the data in the notice, `observation` is "text" or "text_rich", `split` one of SHOP_SPLITS (another
+    raises KeyError). Raises ValueError if the shop has too few goals for the split.
+    """
     name, scored = "webshop", True
 
     def __init__(self, shop: Shop, what: str, *, max_steps: int = 15, observation: str = "text",
@@ -1431,10 +1566,14 @@ class WebShop:
         self.notice = f"WebShop: {what}, {len(shop.products)} products, goals: {counts}; title nouns by {nouns}."
 
     def tasks(self, split: str) -> Sequence[Task]:
+        """The tasks of "train", "validation" or "test"; another split raises KeyError."""
         return self.splits[split]
 
+    def prepare(self, tasks: Sequence[Task]) -> None:
+        """Nothing is to be done ahead: opening a game is quick."""
+
     def open(self, task: Task) -> ShopGame:
-        """Raises ValueError for a task that is not a goal of this shop."""
+        """The task's game. Raises ValueError for a task that is not a goal of this shop."""
         if not isinstance(task.data, Goal) or self.shop.products.get(task.data.product.asin) is not task.data.product:
             raise ValueError(f"{task.id} is not a goal of this shop; take tasks from .tasks(split)")
         return ShopGame(self, task)
@@ -1442,7 +1581,10 @@ class WebShop:
 
 def make_shop(data: str, compact: bool, max_steps: int, seed: int, *, size: str = "small", goals: str = "synthetic",
               split: str = "original", observation: str = "text", tagger: str = "auto") -> WebShop:
-    """WebShop with the data files in `data`, else with a made-up catalogue: 300 products (compact) or 1,000."""
+    """WebShop with the data files in `data`, else with a made-up catalogue: 300 products (compact) or 1,000.
+
+    `size` and `goals` as in `Shop.load`, `split` and `observation` as in `WebShop`; raises what these two raise.
+    """
     if data:
         shop = Shop.load(data, size=size, goals=goals, tagger=tagger)
         what = f"the original files in {data} ({size}, {goals} goals)"
@@ -1469,18 +1611,20 @@ SHADES = "black blue green grey pink red white yellow".split()
 SIZES = "small medium large huge".split()
 
 
-def generate_catalogue(seed: int = 0, products: int = 1000, *, loyalty: float = 0.9) -> tuple[list[dict], dict]:
-    """A catalogue in the format of `items_shuffle` and `items_ins_v2`, drawn from `seed`.
+def generate_catalogue(seed: int = 0, products: int = 1000, *, qualities: int = 12,
+                       loyalty: float = 0.9) -> tuple[list[dict], dict]:
+    """A catalogue in the format of `items_shuffle` and `items_ins_v2`, both returned, drawn from `seed`.
 
     Ten near-duplicates of every article: one from each of eight brands; of one of them a twin that is too dear or comes
-    in other colours; of another a lure that lacks its qualities and names the article often enough to be found first. They
-    differ in a quality (waterproof, ...) that only the Features page tells and that the search engine doesn't index. A
-    shop has habits: `habit[quality]` is the brand that makes things so, for each article with probability `loyalty`. So
-    reading pays, and so does experience.
+    in other colours; of another a lure that lacks its qualities and names the article often enough to be found first.
+    They differ in a quality (waterproof, ...) that only the Features page tells and that the search engine doesn't
+    index. A shop has habits: `habit[quality]` is the brand that makes things so, for each article with probability
+    `loyalty`. So reading pays, and so does experience. `qualities` says how many there are, 12 at most; more than 24
+    raise ValueError.
     """
     rng = random.Random(f"shop/{seed}")
     brands = rng.sample(BRANDS, 8)
-    habit = dict(zip(rng.sample(QUALITIES, 12), brands + rng.sample(brands, 4)))
+    habit = dict(zip(rng.sample(QUALITIES, qualities), brands + rng.sample(brands, 4)))
     articles = [(category, crumbs, name) for category, (crumbs, names) in DEPARTMENTS.items() for name in names]
     families = -(-products // 10)
     items, instructions = [], {}
@@ -1516,3 +1660,7 @@ def generate_catalogue(seed: int = 0, products: int = 1000, *, loyalty: float = 
             if brand == lure:
                 put(brand, n + 2 * families, price, colours, sizes, [], f" {name}" * 3)
     return items[:products], {item["asin"]: instructions[item["asin"]] for item in items[:products]}
+
+
+if __name__ == "__main__":                                  # the second process of `Translator`
+    translator.serve()

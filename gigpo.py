@@ -38,14 +38,15 @@ EPS_STD = 1e-4  # reward units: a standard deviation below this counts as zero, 
 
 
 def episode_returns(rewards: Sequence[Sequence[float]]) -> np.ndarray:
-    """G1: `R_i = sum_t r_{i,t}`, undiscounted. `rewards` holds S_i step rewards per rollout; returns (G,)."""
+    """G1: `R_i = sum_t r_{i,t}`, undiscounted. `rewards` holds S_i step rewards per rollout; (G,), in their units."""
     return np.array([sum(row) for row in rewards], dtype=float)  # (G,)
 
 
 def normalise(scores: np.ndarray, norm: str) -> np.ndarray:
     """`(x - mean) / F` over all of `scores`, any shape; `F` is the unbiased std (`norm="std"`) or 1 (`norm="mean"`).
 
-    One score alone, or a spread below `EPS_STD`, gives zeros. Another `norm` raises ValueError.
+    G2 and G5 share it. The result is in standard deviations, or with `F = 1` in the units of `scores`. One score alone,
+    or a spread below `EPS_STD`, gives zeros. Another `norm` raises ValueError.
     """
     if norm not in ("std", "mean"):
         raise ValueError(f"norm must be 'std' or 'mean', got {norm!r}")
@@ -61,7 +62,8 @@ def episode_advantages(
     """G2: `A^E_i = (R_i - mean_j R_j) / F`; `returns` (G,) and `lengths` S_i (G,) give (G,).
 
     `baseline="trajectory"` (paper) counts each trajectory once in mean and F; `"steps"` (release) counts trajectory i
-    S_i times, so a long failure weighs more than a short success. Another baseline, or S_i below 1, raises ValueError.
+    S_i times, so a long failure weighs more than a short success. Another `baseline` or `norm`, or lengths that are not
+    one S_i >= 1 for each return, raise ValueError.
     """
     if baseline not in ("trajectory", "steps"):
         raise ValueError(f"baseline must be 'trajectory' or 'steps', got {baseline!r}")
@@ -105,7 +107,8 @@ def _alike(a: str, b: str, threshold: float) -> bool:
 
 
 def step_returns(rewards: Sequence[Sequence[float]], gamma: float) -> list[np.ndarray]:
-    """G4: `D_{i,t} = sum_{k>=t} gamma^{k-t} r_{i,k}`; one (S_i,) array per rollout, `gamma` per environment step."""
+    """G4: `D_{i,t} = sum_{k>=t} gamma^{k-t} r_{i,k}`; one (S_i,) array per rollout, in units of reward; `gamma` is per
+    environment step."""
     returns = [np.array(row, dtype=float) for row in rewards]
     for d in returns:
         for t in reversed(range(len(d) - 1)):
@@ -118,7 +121,8 @@ def step_advantages(
 ) -> list[np.ndarray]:
     """G5: `A^S_{i,t} = (D_{i,t} - mean of its step group) / F_step`, each step group normalised by itself.
 
-    `returns` (G4) and `groups` (G3) hold one (S_i,) array per rollout; so does the result.
+    `returns` (G4) and `groups` (G3) hold one (S_i,) array per rollout; so does the result. A step group of one gets 0.
+    Another `norm`, or no rollout at all, raises ValueError.
     """
     flat, label = np.concatenate(returns), np.concatenate(groups)  # (sum S_i,)
     advantage = np.empty_like(flat)  # (sum S_i,)
@@ -148,7 +152,8 @@ def group_advantages(
     `rewards`, `keys` (state texts) and `valid` hold S_i entries per rollout; `c = invalid_penalty`, in advantage units.
     With `penalty_inside` (release) c is in reward units: it is taken off the invalid step's own scores, `R_i - c` in G2
     and `D_{i,t} - c` in G5, and nothing is added outside. The steps of a trajectory then differ in their episode score,
-    so this needs `baseline="steps"`. That combination, or lengths that differ, raise ValueError.
+    so this needs `baseline="steps"`. Another baseline with it, lengths that differ, and what G2, G3 and G5 refuse raise
+    ValueError.
     """
     lengths = [len(row) for row in rewards]
     if not lengths == [len(row) for row in keys] == [len(row) for row in valid]:
@@ -183,12 +188,12 @@ def token_logprobs(
     """`log softmax(lm_head(hidden) / temperature)[targets]` and the entropy of that softmax, in nats; fp32, (N,) each.
 
     `hidden` (N, H) are the states that predict `targets` (N,). Tokens go through `lm_head` in chunks whose fp32 logits
-    fit `budget_bytes` (a chunk holds three or four such arrays at once). No logits outlive their chunk, and the gradient
+    fit `budget_bytes` (a chunk holds three or four such arrays at once). No logits outlive their chunk. The gradient
     is exact: a token's log-probability depends on its own state only, so its slope (H,) is taken along with it and does
     the backward pass, at the cost of the textbook form. Only for a head that is itself trained, the logits are computed
     again in backward. The entropy has no gradient; it is for logging. `vocab` is the number of real ids: the logits of
     padding rows after them are cut off, so that training sees the distribution that was sampled from.
-    A budget below one token's logits raises ValueError.
+    G7, G8 and S9 take their log-probabilities from here. A budget below one token's logits raises ValueError.
     """
     probe = lm_head(hidden[:1].detach())  # (1, V), padding included
     width = probe.shape[-1]
@@ -231,8 +236,8 @@ def clipped_surrogate(
 ) -> Tensor:
     """G7: `-min(rho A, clip(rho, 1 - eps, 1 + eps) A)` with `rho = exp(logp - logp_old)`; all (N,), `eps = clip`.
 
-    `dual_clip` c > 1 (the release: 3) bounds the loss by `-c A` where A < 0, so that a token which became far more
-    likely since it was sampled can't dominate a step; c <= 1 raises ValueError.
+    Log-probabilities are in nats. `dual_clip` c > 1 (the release: 3) bounds the loss by `-c A` where A < 0, so that a
+    token which became far more likely since it was sampled can't dominate a step; c <= 1 raises ValueError.
     """
     if dual_clip is not None and dual_clip <= 1:
         raise ValueError(f"dual_clip must be None or above 1, got {dual_clip!r}")

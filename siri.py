@@ -38,7 +38,8 @@ from typing import Any, Callable, Iterable, Sequence
 
 
 def preflight() -> int:
-    """`--check`: can this machine install the requirements? Runs before anything is installed, on the standard library."""
+    """`--check`: can this machine install the requirements? Runs before anything is installed, on the standard library.
+    Returns the exit status: 0, or 2 with a line on standard error for each thing that is missing."""
     wrong = []
     if not (3, 10) <= sys.version_info[:2] <= (3, 12):
         wrong.append(f"Python {sys.version.split()[0]} is not supported by TextWorld: use Python 3.10, 3.11 or 3.12")
@@ -166,7 +167,7 @@ class Config:
     distill_min: int = 64               # gated steps before any internalization [O]
     distill_lr: float = 1e-5            # learning rate of phase 2 [O]
     # run
-    variant: str = "siri"               # siri, gigpo (no phases 1-2), no_warmup, no_gate, no_advantage
+    variant: str = "siri"               # siri, gigpo (no phases 1-2), no_warmup, random_skill, no_gate, no_advantage
     env_steps: int = 0                  # stop after this many training environment steps, 0: no limit
     panel: int = 0                      # games of the evaluation panel, 0: the whole split
     split: str = "valid_seen"           # split of the panel; WebShop test
@@ -219,8 +220,8 @@ def resolve(overrides: dict[str, Any]) -> tuple[Config, str]:
     cfg = Config(**{**PRESETS[preset], **special, **overrides, "preset": preset})
     for f, allowed in dict(env=tuple(SPLITS), webshop_size=("small", "full"), webshop_goals=("synthetic", "human"),
                            webshop_split=tuple(envs.SHOP_SPLITS), observation=("text", "text_rich"),
-                           variant=("siri", "gigpo", "no_warmup", "no_gate", "no_advantage"), norm=("std", "mean"),
-                           baseline=("trajectory", "steps"), prompt_style=("full", "compact"),
+                           variant=("siri", "gigpo", "no_warmup", "random_skill", "no_gate", "no_advantage"),
+                           norm=("std", "mean"), baseline=("trajectory", "steps"), prompt_style=("full", "compact"),
                            distill_tokens=("action", "response"),
                            split=SPLITS.get(cfg.env, ())).items():
         if getattr(cfg, f) not in allowed:
@@ -271,7 +272,8 @@ def resolve(overrides: dict[str, Any]) -> tuple[Config, str]:
 
 
 class Policy:
-    """A chat model with a LoRA adapter. The reference policy is the same model with the adapter switched off."""
+    """A chat model with a LoRA adapter. The reference policy is the same model with the adapter switched off. UserError
+    for a model or adapter that can't be loaded, has no chat template or does not fit into memory."""
 
     def __init__(self, cfg: Config, adapter: Path | None = None):
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -392,7 +394,8 @@ class Policy:
         torch.cuda.empty_cache()
 
     def retry(self, budget: str, work: Callable[[], Any]) -> Any:
-        """Do the work; each time the device runs out of memory, halve the token budget and do it again."""
+        """Do the work; each time the device runs out of memory, halve the token budget and do it again. UserError once
+        the budget (tokens) is down to a single row."""
         while True:
             try:
                 return work()
@@ -419,11 +422,13 @@ class Policy:
                                                   add_generation_prompt=True, tokenize=True, return_dict=False)
 
     def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, control tokens left out."""
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def generate(self, prompts: Sequence[list[int]], temperature: float, max_new: int) -> list[list[int]]:
-        """Sample one response per prompt (ids with the stop token), in batches of prompts of like length. Temperature 0 is
-        greedy."""
+        """Sample one response per prompt (at most `max_new` ids, the stop token included), in batches of prompts of
+        like length within `gen_tokens`. Temperature 0 is greedy. UserError if not even a single row fits into
+        memory."""
         out: list[list[int]] = [[] for _ in prompts]
         length = [len(p) + max_new for p in prompts]
 
@@ -470,6 +475,7 @@ class Policy:
                 for b, row in enumerate(rows)]
 
     def mask_padded_vocabulary(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """A logits processor: sets the scores (B, V) of ids that the tokenizer doesn't have to -inf, in place."""
         scores[:, self.vocab:] = -math.inf
         return scores
 
@@ -481,7 +487,8 @@ class Policy:
         return ids, mask
 
     def logprobs(self, rows: Sequence["Row"]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probability and entropy of every response token of the rows, concatenated: two tensors of shape (N,)."""
+        """Log-probability (G7, G8, S9) and entropy, in nats at the training temperature, of every response token of
+        the rows, end to end: two fp32 tensors of shape (N,). Only the first has a gradient."""
         model = self.model.get_base_model()
         ids, mask = self.pad_batch([r.prompt + r.response for r in rows])                       # (B, T)
         hidden = model.base_model(input_ids=ids, attention_mask=mask,
@@ -493,6 +500,7 @@ class Policy:
 
 
 def chunks(items: Sequence, size: int) -> Iterable[Sequence]:
+    """Consecutive pieces of at most `size` items."""
     return (items[i:i + size] for i in range(0, len(items), size))
 
 
@@ -513,11 +521,11 @@ class Step:
     reward: float = 0.0
     valid: bool = True
     advantage: float = 0.0      # G6
-    weights: list[float] = field(default_factory=list)      # of each token in S9: S8 where the gate (S7) is open, else 0
 
 
 @dataclass
 class Episode:
+    """One rollout of a task, with a skill in its prompts or without (S4)."""
     task: envs.Task
     skill: skills.Skill | None
     steps: list[Step] = field(default_factory=list)
@@ -527,7 +535,8 @@ class Episode:
 
 def fit_prompt(policy: Policy, task: envs.Task, state: envs.State, turns: list[envs.Turn],
                skill: str | None) -> list[int]:
-    """The step's prompt ids within `max_prompt`: history goes first, then the observation's tail, never the skill."""
+    """The step's prompt ids within `max_prompt` tokens: history goes first, then the observation's tail, never the
+    skill. UserError if the rest alone is longer."""
     cfg = policy.cfg
     for window in range(cfg.history, -1, -1):
         ids = policy.encode(envs.render_prompt(task.goal, state, turns, skill=skill, style=cfg.prompt_style,
@@ -550,8 +559,9 @@ def rollout(policy: Policy, env: envs.Environment, plan: Sequence[tuple[envs.Tas
             temperature: float, failures: list[str] | None = None) -> list[list[Episode]]:
     """Play every group of the plan: a task, and for each of its rollouts a skill or None.
 
-    All unfinished rollouts of all groups take their next step in one generation batch. An environment that raises
-    loses its group: the group comes back empty and the cause is appended to `failures`.
+    All unfinished rollouts of all groups take their next step in one generation batch. An environment that raises loses
+    its group: the group comes back empty and the cause is appended to `failures`. Groups come back in the plan's order.
+    UserError for a prompt that can't be cut to `max_prompt`, or a row that doesn't fit into memory.
     """
     groups = [[Episode(task, s) for s in group_skills] for task, group_skills in plan]
     games, live = [], []
@@ -600,7 +610,7 @@ def rollout(policy: Policy, env: envs.Environment, plan: Sequence[tuple[envs.Tas
 
 
 def make_optimizer(policy: Policy) -> torch.optim.Optimizer:
-    """AdamW over the adapter; with 4-bit weights its moments are kept in 8 bits."""
+    """AdamW [R] over the adapter; with 4-bit weights its moments are kept in 8 bits [O]."""
     cfg = policy.cfg
     if cfg.four_bit:
         from bitsandbytes.optim import AdamW8bit as AdamW
@@ -621,7 +631,8 @@ class Row:
 
 
 def microbatches(rows: Sequence[int], length: Sequence[int], budget: int) -> Iterable[list[int]]:
-    """Indices sorted by length and cut where the padded size would exceed the token budget."""
+    """Indices sorted by length (tokens) and cut where the padded size would exceed the token budget; a row above it
+    is alone."""
     batch: list[int] = []
     for i in sorted(rows, key=lambda i: length[i]):
         if batch and (len(batch) + 1) * length[i] > budget:
@@ -637,9 +648,11 @@ def update(policy: Policy, optimizer: torch.optim.Optimizer, rl: list[Row], inte
     """One iteration's optimizer steps on L = L_GiGPO + beta L_KL + lambda L_int (S10).
 
     Every RL row enters exactly one optimizer step, every internalization row `distill_epochs`. Rows without an
-    advantage have no policy gradient and are not run, but their tokens count: the mean is over all sampled tokens.
-    Each step divides by its own token counts, taken before splitting into micro-batches. A step whose loss or gradient is
+    advantage have no policy gradient and are not run, but their tokens count: the mean is over all sampled tokens. Each
+    step divides by its own token counts, taken before splitting into micro-batches. A step whose loss or gradient is
     not finite changes nothing; `bad` is how many such steps in a row came before, and the third raises UserError.
+    Returns kl and entropy in nats per token, clip_fraction per token, losses and grad_norm (before clipping) as means
+    over the steps, and counts. UserError also if a single row doesn't fit into memory.
     """
     n_steps = max(1, math.ceil(len(rl) / cfg.minibatch))
     if internal:
@@ -731,6 +744,17 @@ def update(policy: Policy, optimizer: torch.optim.Optimizer, rl: list[Row], inte
 
 
 @dataclass
+class GuidedStep:
+    """A step taken with a skill in its prompt, kept as it was until phase 2 decides whether to distil it."""
+    prompt: list[int]           # the plain one of the same step, S9
+    response: list[int]
+    action: list[bool]          # of each response token: does it belong to the action?
+    advantage: float            # G6
+    skill: int                  # its place in the bank
+    effect: float               # of its pair, S4
+
+
+@dataclass
 class Progress:
     """Everything besides weights, optimizer and bank that a resumed run needs. JSON. Every random draw of iteration k
     is seeded by (seed, k), so the iteration number is the state of all random generators."""
@@ -746,12 +770,13 @@ class Progress:
     solved: list[str] = field(default_factory=list)         # distinct tasks solved without a skill, N_succ
     recent: list[float] = field(default_factory=list)       # plain success of the last iterations
     wins: list[dict] = field(default_factory=list)          # plain successes not yet mined: task, goal, steps
-    gated: list[list[dict]] = field(default_factory=list)   # internalization rows of the last iterations
+    guided: list[list[dict]] = field(default_factory=list)  # GuidedSteps of the last iterations
     finished: bool = False
 
 
 class Run:
-    """A training run: policy, environment, bank, progress and folder."""
+    """A training run: policy, environment, bank, progress and folder. With `resume`, a checkpoint, it goes on from
+    there. UserError for what is wrong with data, model or checkpoint."""
 
     def __init__(self, cfg: Config, folder: Path, reason: str, resume: Path | None = None):
         self.cfg, self.folder, self.stopping = cfg, folder, False
@@ -771,21 +796,25 @@ class Run:
         self.progress = Progress(phase=1 if cfg.variant == "no_warmup" else 0)
         if resume:
             load_checkpoint(self, resume)
+            self.progress.finished &= bool(self.phase_done())       # a flag of this call may grant a finished run more
 
     # -- one iteration: draw tasks, roll out, measure, update --
 
     def next_tasks(self) -> list[envs.Task]:
-        """The next `groups` training tasks: a new seeded permutation of the split for every pass over it."""
-        drawn, n, p = [], len(self.train_tasks), self.progress
-        while len(drawn) < self.cfg.groups:
-            epoch, at = divmod(p.cursor, n)
+        """The next `groups` training tasks: a new seeded permutation of the split for every pass over it. The environment is
+        told which come after them."""
+        n, p, drawn = len(self.train_tasks), self.progress, []
+        for cursor in range(p.cursor, p.cursor + 2 * self.cfg.groups):
+            epoch, at = divmod(cursor, n)
             order = np.random.default_rng([self.cfg.seed, 1, epoch]).permutation(n)
             drawn.append(self.train_tasks[int(order[at])])
-            p.cursor += 1
-        return drawn
+        p.cursor += self.cfg.groups
+        self.env.prepare(drawn[self.cfg.groups:])
+        return drawn[:self.cfg.groups]
 
     def iterate(self) -> dict[str, Any]:
-        """One iteration of the current phase: mine, roll out, measure, update. Returns its row of metrics.csv."""
+        """One iteration of the current phase: mine, roll out, measure, update. Returns its row of metrics.csv.
+        UserError where environments or updates keep failing."""
         cfg, p = self.cfg, self.progress
         started = time.perf_counter()
         torch.manual_seed(stable_seed(cfg.seed, "train", p.iteration))
@@ -814,18 +843,20 @@ class Run:
             rollout_tokens_per_s=sum(len(r.response) for r in rl) / (rolled - started),
             update_tokens_per_s=stats["row_tokens"] / (ended - rolled), peak_gib=peak_gib())
         if p.iteration % cfg.sample_every == 0:
-            save_samples(self.folder, p, groups, self.policy)
+            save_samples(self, groups, effects)
         p.iteration += 1
         for text in warnings_of(row, cfg):
             tqdm.write(f"     warning: {text}")
         return row
 
     def play(self) -> tuple[list[list[Episode]], list[str]]:
-        """Roll out the next groups: all plain in phase 0, else half of each with the task's skill (S3, S4)."""
+        """Roll out the next groups: all plain in phase 0, else half of each with the task's skill (S3, S4). Returns the
+        groups that were played to the end, and why the others were not."""
         cfg, p, half = self.cfg, self.progress, self.cfg.group_size // 2
+        shuffle = np.random.default_rng([cfg.seed, 3, p.iteration]) if cfg.variant == "random_skill" else None
         plan = []
         for task in self.next_tasks():
-            skill = self.bank.retrieve(task.goal, explore=p.phase == 1) if p.phase > 0 else None
+            skill = self.bank.retrieve(task.goal, explore=p.phase == 1, shuffle=shuffle) if p.phase > 0 else None
             plan.append((task, [skill] * half + [None] * (cfg.group_size - half)))
         failures: list[str] = []
         groups = rollout(self.policy, self.env, plan, cfg.temperature, failures)
@@ -833,13 +864,15 @@ class Run:
         return [g for g in groups if g], failures
 
     def internal_rows(self, groups: list[list[Episode]], effects: list[float | None]) -> tuple[list[Row], float]:
-        """The gated steps of the last `distill_window` iterations, those of phase 1 included, and lambda (S10).
-        None before phase 2, and while there are too few."""
+        """What passes the gate of the last `distill_window` iterations' guided steps, those of phase 1 included, and lambda
+        (S10). None before phase 2, and while there is too little."""
         cfg, p = self.cfg, self.progress
-        fresh = [row for group, effect in zip(groups, effects) if effect is not None for row in self.gate(group, effect)]
-        p.gated = (p.gated + [[dataclasses.asdict(row) for row in fresh]])[-cfg.distill_window:]
-        rows = [Row(**row) for part in p.gated for row in part]
-        if p.phase < 2 or sum(row.weight > 0 for row in rows) < cfg.distill_min:
+        fresh = [step for group, effect in zip(groups, effects) if effect is not None for step in self.guided(group, effect)]
+        p.guided = (p.guided + [[vars(step) for step in fresh]])[-cfg.distill_window:]
+        if p.phase < 2:
+            return [], 0.0
+        rows = [row for row in self.gate([GuidedStep(**step) for part in p.guided for step in part]) if any(row.gate)]
+        if sum(row.weight > 0 for row in rows) < cfg.distill_min:
             return [], 0.0
         return rows, distill.lambda_schedule(p.iteration - p.phase_start + 1, cfg.lambda_max, cfg.lambda_warm)
 
@@ -856,6 +889,8 @@ class Run:
                                 for e in shortest.values()])[-cfg.mine_wins:]
 
     def count_failures(self, failures: list[str], n_groups: int) -> None:
+        """Count and report an iteration's lost groups. UserError when over 5% of all groups so far are lost (of 40,
+        while there are fewer)."""
         p = self.progress
         p.groups += n_groups
         p.failed_groups += len(failures)
@@ -866,7 +901,8 @@ class Run:
                             f"{failures[-1]}; mend the environment or its data, then --resume {self.folder}")
 
     def score(self, group: list[Episode]) -> None:
-        """G1-G6 for one group; both halves of a pair share it, so an anchor compares guided with plain actions."""
+        """G1-G6 for one group; both halves of a pair share it, so an anchor compares guided with plain actions. Sets
+        each step's `advantage`."""
         cfg = self.cfg
         advantages = gigpo.group_advantages(
             [[s.reward for s in e.steps] for e in group], [[s.anchor for s in e.steps] for e in group],
@@ -877,7 +913,8 @@ class Run:
                 s.advantage = float(value)
 
     def measure(self, group: list[Episode]) -> float | None:
-        """S4-S6: the group's paired effect, recorded with its skill. None for a group without a skill."""
+        """S4-S6: the group's paired effect (success scale), recorded with its skill. None for a group without a
+        skill."""
         guided = [e for e in group if e.skill is not None]
         if not guided:
             return None
@@ -909,25 +946,29 @@ class Run:
                 self.bank.reject(e.reason)
         return accepted
 
-    def gate(self, group: list[Episode], effect: float) -> list[Row]:
-        """S7-S8: the group's guided steps as internalization rows under the plain prompt."""
-        cfg, rows = self.cfg, []
+    def guided(self, group: list[Episode], effect: float) -> list[GuidedStep]:
+        """The steps of a group that had a skill in their prompt, with their action tokens (S7) and the pair's effect
+        (S4)."""
+        pieces = lambda s: [self.policy.decode([t]) for t in s.response]
+        return [GuidedStep(s.plain, s.response, distill.action_mask(pieces(s)), s.advantage, e.skill.id, effect)
+                for e in group if e.skill for s in e.steps]
+
+    def gate(self, steps: Sequence[GuidedStep]) -> list[Row]:
+        """S7-S8: an internalization row for each step, by what is known of its skill now. Its gate may be shut."""
+        cfg, lengths = self.cfg, [len(s.response) for s in steps]
+        if not steps:
+            return []
         spread = 1.0 if cfg.norm == "std" else 5.0      # of returns 0 and 10, half of each: one scale for both norms
-        for e in group:
-            for s in e.steps if e.skill else ():
-                pieces = [self.policy.decode([t]) for t in s.response]
-                gate = distill.action_gate(
-                    torch.tensor([distill.action_mask(pieces)]), torch.tensor([True]),
-                    torch.tensor([e.skill.utility(cfg.kappa)]), torch.tensor([effect]),
-                    response_mask=torch.ones(1, len(pieces), dtype=torch.bool), tokens=cfg.distill_tokens,
-                    require_pair_gain=cfg.pair_gain, gated=cfg.variant != "no_gate")
-                weight = distill.advantage_weights(torch.tensor(s.advantage), cfg.a_max * spread,
-                                                   uniform=cfg.variant == "no_advantage").item()
-                is_open = gate[0].tolist()
-                s.weights = [weight * g for g in is_open]
-                if any(is_open):
-                    rows.append(Row(s.plain, s.response, gate=is_open, weight=weight))
-        return rows
+        pad = lambda rows: torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+        gate = distill.action_gate(                                                                # (B, T)
+            pad([s.action for s in steps]), torch.tensor([True] * len(steps)),
+            torch.tensor([self.bank.skills[s.skill].utility(cfg.kappa) for s in steps]),
+            torch.tensor([s.effect for s in steps]), response_mask=pad([[True] * n for n in lengths]),
+            tokens=cfg.distill_tokens, require_pair_gain=cfg.pair_gain, gated=cfg.variant != "no_gate")
+        weight = distill.advantage_weights(torch.tensor([s.advantage for s in steps]), cfg.a_max * spread,
+                                           uniform=cfg.variant == "no_advantage").tolist()         # (B,)
+        return [Row(s.prompt, s.response, gate=is_open[:n].tolist(), weight=w)
+                for s, is_open, w, n in zip(steps, gate, weight, lengths)]
 
     # -- the loop over phases --
 
@@ -954,6 +995,8 @@ class Run:
                 "no_warmup": [0, limits[0] + limits[1], limits[2]]}.get(cfg.variant, limits)[phase]
 
     def train(self) -> None:
+        """From the first evaluation, or where a checkpoint left off, to the end of the last phase. Raises Stopped
+        after a signal, and UserError."""
         p = self.progress
         if p.iteration == 0:
             self.evaluate("base")
@@ -964,6 +1007,8 @@ class Run:
             self.loop(bar)
 
     def loop(self, bar: tqdm) -> None:
+        """Iterate and end phases until the run is finished, saving every `save_every` iterations. Raises Stopped
+        before the next iteration once a signal came."""
         p = self.progress
         while not p.finished:
             if self.stopping:
@@ -1009,6 +1054,7 @@ class Run:
         save_checkpoint(self)
 
     def evaluate(self, label: str, with_skills: bool = False) -> None:
+        """Play the panel, add the result to results.json and print its line."""
         result = evaluate(self.policy, self.env, self.panel, self.cfg, label, self.bank if with_skills else None)
         result |= dict(checkpoint=f"iteration {self.progress.iteration}", iteration=self.progress.iteration,
                        env_steps=self.progress.env_steps)
@@ -1034,7 +1080,8 @@ def warnings_of(row: dict[str, Any], cfg: Config) -> list[str]:
 
 
 def group_stats(groups: list[list[Episode]], scored: bool) -> dict[str, Any]:
-    """Success, length and validity of an iteration's rollouts, and their scores where the environment gives any."""
+    """Success, length and validity of an iteration's rollouts, and their scores where the environment gives any. Rates
+    of no rollouts are nan; lengths are in actions."""
     episodes = [e for group in groups for e in group]
     plain, guided = [[e for e in episodes if (e.skill is None) == without] for without in (True, False)]
     steps = [s for e in episodes for s in e.steps]
@@ -1066,11 +1113,14 @@ def evaluate(policy: Policy, env: envs.Environment, panel: Sequence[envs.Task], 
              bank: skills.SkillBank | None = None) -> dict[str, Any]:
     """Play every game of the panel once. Without a bank, the plain prompt and nothing else; the bank is for the ablation.
 
-    The same games and the same seed whatever the checkpoint, and the state of training is left as it was.
+    The same games and the same seed whatever the checkpoint, and the state of training is left as it was. Returns an
+    entry of results.json: rates with n and their 95% Wilson interval, seconds; a game whose environment failed counts
+    as not solved. UserError as `rollout`.
     """
     torch.manual_seed(stable_seed(0, "evaluate"))
     failures: list[str] = []
     episodes, started = [], time.perf_counter()
+    env.prepare(panel)
     for tasks in chunks(panel, max(1, cfg.groups * cfg.group_size)):
         plan = [(t, [bank.retrieve(t.goal, explore=False) if bank else None]) for t in tasks]
         groups = rollout(policy, env, plan, cfg.eval_temperature, failures)
@@ -1096,11 +1146,14 @@ def evaluate(policy: Policy, env: envs.Environment, panel: Sequence[envs.Task], 
 
 
 def panel_tasks(cfg: Config, env: envs.Environment) -> list[envs.Task]:
+    """The first `panel` tasks of the split, in its order; 0 means all."""
     tasks = env.tasks(cfg.split)
     return [tasks[i] for i in range(min(cfg.panel or len(tasks), len(tasks)))]
 
 
 def result_line(r: dict[str, Any], width: int = 20) -> str:
+    """An evaluation on one line: success with its 95% Wilson interval, score ± standard error if there is one, n,
+    actions per episode, share of invalid steps."""
     lo, hi = r["interval"]
     score = f"score {r['score']:.3f}±{r['score_se']:.3f}  " if "score" in r else ""
     return (f"{r['label']:<{width}} success {r['success']:.3f} [{lo:.3f}, {hi:.3f}]  {score}n {r['n']}  "
@@ -1108,7 +1161,7 @@ def result_line(r: dict[str, Any], width: int = 20) -> str:
 
 
 def results_block(folder: Path) -> str:
-    """What the run reached: one line per evaluation, and the last one per task type."""
+    """What the run reached: one line per evaluation, and the last one per task type. UserError as `load_results`."""
     results = load_results(folder)
     lines = [f"results of {folder} ({results[-1]['panel']}; success with 95% Wilson interval)"]
     lines += ["  " + result_line(r) for r in results]
@@ -1131,25 +1184,27 @@ def stable_seed(*parts: Any) -> int:
 
 
 def mean(values: Iterable[float]) -> float:
+    """Arithmetic mean; nan for none."""
     values = list(values)
     return float(np.mean(values)) if values else math.nan
 
 
 def mean_se(values: Iterable[float]) -> tuple[float, float]:
-    """Mean and its standard error; nan for none, and the error nan for one."""
+    """Mean and its standard error (unbiased deviation / sqrt n); nan for none, and the error nan for one."""
     values = list(values)
     return mean(values), float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
 def peak_gib() -> float:
-    """Peak memory so far: of the device where one is used, else the process's resident memory."""
+    """Peak memory so far, in GiB: of the device where one is used, else the process's resident memory."""
     if torch.cuda.is_initialized():             # the tiny preset stays on the CPU, whatever the machine has
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**30
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write aside, then rename: a reader never sees half a file."""
+    """Write aside, then rename: a reader never sees half a file. UTF-8. OSError where the folder can't be written
+    to."""
     aside = path.with_name(path.name + ".tmp")
     aside.write_text(text, encoding="utf-8", errors="replace")
     sync(aside)
@@ -1157,10 +1212,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, data: Any) -> None:
+    """The data as JSON, by `write_text`."""
     write_text(path, json.dumps(data, indent=1))
 
 
 def read_json(path: Path) -> Any:
+    """What a JSON file holds. UserError if it can't be read as JSON."""
     try:
         return json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as e:
@@ -1177,7 +1234,8 @@ def load_results(folder: Path) -> list[dict[str, Any]]:
 
 
 def add_result(folder: Path, result: dict[str, Any]) -> None:
-    """Append an evaluation; one with the same label and iteration (a repeat after a resume) is replaced."""
+    """Append an evaluation; one with the same label, iteration and panel (a repeat after a resume) is replaced.
+    UserError as `load_results`."""
     path = folder / "results.json"
     results = load_results(folder) if path.exists() else []
     same = lambda r: (r["label"], r["iteration"], r["panel"]) == (result["label"], result["iteration"], result["panel"])
@@ -1185,6 +1243,8 @@ def add_result(folder: Path, result: dict[str, Any]) -> None:
 
 
 def append_metrics(folder: Path, row: dict[str, Any]) -> None:
+    """Append an iteration's row to metrics.csv, numbers to six digits, the header before the first; on the disk when
+    it returns."""
     path = folder / "metrics.csv"
     new = not path.exists()
     with path.open("a", newline="") as f:
@@ -1197,6 +1257,8 @@ def append_metrics(folder: Path, row: dict[str, Any]) -> None:
 
 
 def dense_line(r: dict[str, Any]) -> str:
+    """An iteration on one line: success ± standard error (n), kl and H in nats per token, seconds of rollout +
+    update."""
     rate = lambda p, n: f"{p:.2f}±{math.sqrt(p * (1 - p) / n):.2f} (n {n})" if n else "-"
     score = lambda name: f" score {r[name]:.2f}±{r[name + '_se']:.2f}" if name in r and not math.isnan(r[name]) else ""
     text = (f"{r['iteration']:4d} {PHASES[r['phase']]:<11} "
@@ -1211,26 +1273,29 @@ def dense_line(r: dict[str, Any]) -> str:
     return text
 
 
-def save_samples(folder: Path, p: Progress, groups: list[list[Episode]], policy: Policy) -> None:
+def save_samples(run: Run, groups: list[list[Episode]], effects: list[float | None]) -> None:
     """A plain and a guided episode of one group: prompts are in the code, here is what was seen, thought, done, and what it was
     worth. As text to read, and as JSON with every token and its weight for the report."""
     if not groups:
         return
-    group = max(groups, key=lambda g: len({e.success for e in g}))
+    p, decode = run.progress, run.policy.decode
+    group, effect = max(zip(groups, effects), key=lambda pair: len({e.success for e in pair[0]}))
     shown = {e.skill is None: e for e in group}.values()                      # one plain and one guided episode
-    out = []
+    out, episodes = [], []
     for e in shown:
         out.append(f"# iteration {p.iteration}, {PHASES[p.phase]}, {e.task.id}\n# {e.task.goal}\n"
                    f"# skill: {e.skill.text if e.skill else 'none'}\n# {'success' if e.success else 'failure'}\n")
         out += [f"[{t}] {s.observation}\n  {s.text}\n  reward {s.reward:g}  advantage {s.advantage:+.2f}"
                 f"{'' if s.valid else '  INVALID'}\n" for t, s in enumerate(e.steps)]
-    (folder / "samples").mkdir(exist_ok=True)
-    write_text(folder / "samples" / f"{p.iteration:04d}.txt", "\n".join(out))
-    episodes = [dict(skill=e.skill.text if e.skill else None, success=e.success, steps=[dict(
-        observation=s.observation, text=s.text, pieces=[policy.decode([t]) for t in s.response],
-        weights=s.weights or [0.0] * len(s.response), reward=s.reward, advantage=s.advantage, valid=s.valid)
-        for s in e.steps]) for e in shown]
-    write_json(folder / "samples" / f"{p.iteration:04d}.json", dict(
+        weights = ([[row.weight * is_open for is_open in row.gate] for row in run.gate(run.guided([e], effect))] if e.skill
+                   else [[0.0] * len(s.response) for s in e.steps])
+        episodes.append(dict(skill=e.skill.text if e.skill else None, success=e.success, steps=[dict(
+            observation=s.observation, text=s.text, pieces=[decode([t]) for t in s.response], weights=w, reward=s.reward,
+            advantage=s.advantage, valid=s.valid) for s, w in zip(e.steps, weights)]))
+    folder = run.folder / "samples"
+    folder.mkdir(exist_ok=True)
+    write_text(folder / f"{p.iteration:04d}.txt", "\n".join(out))
+    write_json(folder / f"{p.iteration:04d}.json", dict(
         iteration=p.iteration, phase=p.phase, task=group[0].task.id, goal=group[0].task.goal, episodes=episodes))
 
 
@@ -1246,7 +1311,7 @@ def save_checkpoint(run: Run) -> None:
              for i, s in run.optimizer.state_dict()["state"].items()}
     save_file({f"{i}.{k}": torch.as_tensor(v).clone() for i, s in state.items() for k, v in s.items()},
               aside / "optimizer.safetensors")
-    write_json(aside / "progress.json", dataclasses.asdict(run.progress))
+    write_text(aside / "progress.json", json.dumps(vars(run.progress)))       # on one line: it holds many token ids
     write_json(aside / "skills.json", run.bank.to_json())
     write_json(aside / "manifest.json", {p.name: file_hash(p) for p in sorted(aside.iterdir())})
     for path in (*aside.iterdir(), aside):
@@ -1260,6 +1325,7 @@ def save_checkpoint(run: Run) -> None:
 
 
 def file_hash(path: Path) -> str:
+    """SHA-256 of a file, in hex; OSError if it can't be read."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -1289,7 +1355,7 @@ def damage(checkpoint: Path) -> str:
 
 
 def latest_checkpoint(folder: Path) -> Path:
-    """The newest sound checkpoint of a run. Says so if that is not the newest."""
+    """The newest sound checkpoint of a run. Says so if that is not the newest. UserError if there is none."""
     found = checkpoints(folder)
     for path in found:
         if not (problem := damage(path)):
@@ -1299,7 +1365,8 @@ def latest_checkpoint(folder: Path) -> Path:
 
 
 def lock(folder: Path) -> Any:
-    """Keep the folder for this process until it ends; the lock goes with the process, however that ends."""
+    """Keep the folder for this process until it ends; the lock goes with the process, however that ends. UserError if
+    another process has it, or it can't be made."""
     try:
         handle = (folder / "lock").open("w")
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1311,13 +1378,14 @@ def lock(folder: Path) -> Any:
 
 
 def load_bank(path: Path) -> skills.SkillBank:
+    """The bank in a checkpoint or run folder. UserError naming what is malformed in skills.json."""
     try:
         return skills.SkillBank.from_json(read_json(path / "skills.json"))
     except ValueError as e:
         raise UserError(f"{path}/skills.json: {e}; use another checkpoint") from e
 
 
-def load_progress(path: Path, vocab: int) -> Progress:
+def load_progress(path: Path, vocab: int, n_skills: int) -> Progress:
     """Progress as `save_checkpoint` wrote it. UserError naming the fields that no run can have written."""
     data = read_json(path / "progress.json")
     count = lambda x: type(x) is int and 0 <= x < 2**53
@@ -1328,10 +1396,11 @@ def load_progress(path: Path, vocab: int) -> Progress:
     record = lambda fields: lambda x: isinstance(x, dict) and set(x) == set(fields) and all(
         holds(x[name]) for name, holds in fields.items())
     win = record(dict(task=text, goal=text, steps=each(lambda x: each(text)(x) and len(x) == 2, at_least=1)))
-    row = record(dict(prompt=tokens, response=tokens, advantage=number, weight=number, gate=each(lambda x: type(x) is bool)))
+    step = record(dict(prompt=tokens, response=tokens, action=each(lambda x: type(x) is bool), advantage=number,
+                       skill=lambda x: count(x) and x < n_skills, effect=number))
     rules = {f.name: count for f in dataclasses.fields(Progress)} | dict(
         phase=lambda x: count(x) and x < len(PHASES), seconds=number, solved=each(text), recent=each(number), wins=each(win),
-        gated=each(each(lambda x: row(x) and len(x["gate"]) == len(x["response"]))), finished=lambda x: type(x) is bool)
+        guided=each(each(lambda x: step(x) and len(x["action"]) == len(x["response"]))), finished=lambda x: type(x) is bool)
     wrong = sorted(set(data) ^ set(rules)) if isinstance(data, dict) else ["no fields"]
     wrong = wrong or [name for name, holds in rules.items() if not holds(data[name])]
     if not wrong and data["phase_start"] > data["iteration"]:
@@ -1342,12 +1411,13 @@ def load_progress(path: Path, vocab: int) -> Progress:
 
 
 def load_checkpoint(run: Run, path: Path) -> None:
-    """The inverse of `save_checkpoint`; the adapter was loaded with the policy. Later rows of metrics.csv are cut off."""
+    """The inverse of `save_checkpoint`; the adapter was loaded with the policy. Later rows of metrics.csv are cut off.
+    UserError naming a file that is not this program's."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
     saved = load_bank(path)             # its history; the constants are the configuration's, which flags may have changed
     run.bank.skills, run.bank.rejected = saved.skills, saved.rejected
-    run.progress = load_progress(path, run.policy.vocab)
+    run.progress = load_progress(path, run.policy.vocab, len(saved.skills))
     state: dict[int, dict[str, torch.Tensor]] = defaultdict(dict)
     try:
         for key, value in load_file(path / "optimizer.safetensors").items():
@@ -1428,6 +1498,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, 
 
 
 def make_environment(cfg: Config) -> envs.Environment:
+    """The environment of these settings. UserError with what `envs.make` finds wrong."""
     data = cfg.webshop_data if cfg.env == "webshop" else cfg.alfworld_data
     shop = dict(size=cfg.webshop_size, goals=cfg.webshop_goals, split=cfg.webshop_split, observation=cfg.observation,
                 tagger=cfg.webshop_tagger) if cfg.env == "webshop" else {}
@@ -1438,7 +1509,8 @@ def make_environment(cfg: Config) -> envs.Environment:
 
 
 def load_config(folder: Path, changes: dict[str, Any]) -> Config:
-    """The settings that a run was saved with, changed by the flags of this call."""
+    """The settings that a run was saved with, changed by the flags of this call. UserError if they are malformed or
+    don't go together."""
     path = folder / "config.json"
     saved = read_json(path)
     if not isinstance(saved, dict):
@@ -1454,7 +1526,8 @@ def load_config(folder: Path, changes: dict[str, Any]) -> Config:
 
 
 def prepare_folder(cfg: Config) -> tuple[Path, Any]:
-    """Make and lock the run folder, and find out now whether it can be written to and has room."""
+    """Make and lock the run folder, and find out now whether it can be written to and has room. Returns folder and
+    lock. UserError if it can't be used, holds a run, or has too little room (0.05 GiB compact, else 3 GiB)."""
     folder = Path("runs") / cfg.name
     if any((folder / "checkpoints").glob("[0-9]*")):
         raise UserError(f"{folder} already holds a run: go on with --resume {folder}, or give another --name")
@@ -1474,6 +1547,8 @@ def prepare_folder(cfg: Config) -> tuple[Path, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """The command line. Returns the exit status: 0; 2 after a UserError, on one line of standard error; 130 when
+    stopped."""
     folder, held, before = None, None, {which: signal.getsignal(which) for which in SIGNALS}
     try:
         chosen, given = parse_arguments(sys.argv[1:] if argv is None else argv)

@@ -61,7 +61,10 @@ class SkillRejected(Exception):
 
 @dataclass
 class Skill:
-    """One skill and the whole history of its paired effects."""
+    """S2: one skill and the whole history of its paired effects.
+
+    Effects, `mean`, `utility` and `stderr` are on the success scale: differences of success rates, -1..1.
+    """
 
     id: int                                      # its index in the bank
     condition: str                               # when it applies; retrieval reads only this half
@@ -156,7 +159,7 @@ def mining_prompt(goal: str, steps: Sequence[tuple[str, str]], style: str = "ful
 
     `steps` holds (action, the observation that followed). "full" is for an instruct model; observations are cut to
     OBSERVATION_CHARS. "compact" is for a tiny word-level policy: few fixed words, and the actions only.
-    Raises ValueError for a trajectory without steps or an unknown style.
+    The wording is ours. Raises ValueError for a trajectory without steps or an unknown style.
     """
     if not steps:
         raise ValueError("steps is empty: a skill is mined from a trajectory with at least one action")
@@ -217,7 +220,7 @@ def parse_skill(response: str, *, max_words: int = MAX_WORDS) -> tuple[str, str]
 # ---- 3. Retrieval (S3) ----
 
 def words(text: str) -> list[str]:
-    """The content words of a text: whole runs of two or more letters, case folded; no numbers, no stop words.
+    """S3: the content words of a text: whole runs of two or more letters, case folded; no numbers, no stop words.
 
     >>> words("Put that hat in drawer 2.")
     ['put', 'hat', 'drawer']
@@ -261,7 +264,10 @@ def paired_effect(skill_outcomes: Sequence[float], plain_outcomes: Sequence[floa
 
 @dataclass
 class SkillBank:
-    """Every skill ever accepted, retired ones included (skills[i].id == i), and the counts of rejections."""
+    """S2: every skill ever accepted, retired ones included (skills[i].id == i), and the counts of rejections.
+
+    A constant that is malformed, or tau_down above tau_up, raises ValueError naming it.
+    """
 
     kappa: float = 5.0            # S5: weight of the prior at zero effect, pairings
     tau_up: float = 0.1           # S6: promote above this utility

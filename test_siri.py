@@ -1072,6 +1072,92 @@ def test_step_limit_invalid_actions_and_the_end(home):
             game.step(state, "look")
 
 
+@pytest.fixture
+def translator(monkeypatch):
+    """A translator of the test's own. Translating in this process is an error until the test allows it."""
+    own, here = envs.Translator(), envs._translate
+    monkeypatch.setattr(envs, "translator", own)
+    monkeypatch.setattr(envs, "_translate", lambda *game: pytest.fail("translated in the first process"))
+    own.allow = lambda: monkeypatch.setattr(envs, "_translate", here)
+    yield own
+    if own.process:
+        own.process.kill()
+
+
+def test_games_that_were_announced_are_translated_by_the_second_process_as_by_the_first(home, plans, translator):
+    worlds = {}
+    for world in (home, plans):
+        tasks = [world.tasks("valid_seen")[i] for i in range(3)]
+        world.prepare([*tasks, *tasks[:1]])
+        for task in reversed(tasks):
+            with world.open(task) as game:
+                worlds[task.id] = game.engine.world
+    assert translator.announced == []
+    translator.known.clear()
+    translator.allow()
+    for world in (home, plans):
+        for i in range(3):
+            with world.open(world.tasks("valid_seen")[i]) as game:
+                assert json.loads(json.dumps(game.engine.world)) == list(worlds.pop(game.task.id))
+
+
+def test_a_second_process_that_is_killed_is_done_without_and_then_replaced(home, translator):
+    task = home.tasks("valid_seen").__getitem__
+    home.prepare([task(0), task(1)])
+    translator.process.kill()
+    translator.process.wait()
+    translator.allow()
+    for i in (0, 1):
+        home.open(task(i)).close()
+    assert translator.process is None and translator.announced == []
+    home.prepare([task(2)])
+    first = translator.process
+    first.kill()
+    first.wait()
+    home.prepare([task(3)])                                                 # it finds out, and gives up
+    assert translator.process is None
+    home.prepare([task(4)])
+    home.open(task(4)).close()
+    assert translator.process is not first and len(translator.known) == 3
+
+
+def test_a_broken_game_that_is_announced_is_reported_when_it_is_opened(home, translator, tmp_path):
+    sound = home.tasks("valid_seen")[0]
+    broken = [dataclasses.replace(sound, id=f"broken {i}", data=tmp_path / f"{i}") for i in range(4)]
+    game = envs.pddl_game(sound.data)
+    for task, text in zip(broken[1:], ("[]", json.dumps(game | {"pddl_domain": [1]}), json.dumps(game | {"pddl_problem": "("}))):
+        task.data.write_text(text)
+    home.prepare([*broken, sound])
+    home.open(sound).close()                                                # the second process lives on
+    translator.allow()
+    for task in broken:
+        with pytest.raises(ValueError, match=f"{task.id} is not a sound ALFWorld game"):
+            home.open(task)
+
+
+def test_translations_are_forgotten_after_256_others(translator, monkeypatch):
+    monkeypatch.setattr(envs, "_translate", lambda *game: envs._World("", {}, {}, {}, {}))
+    for i in range(300):
+        translator.world("domain", str(i))
+    assert list(translator.known) == [("domain", str(i)) for i in range(44, 300)]
+
+
+def test_the_second_process_ends_with_the_first(tmp_path):
+    script = ("import envs, time; world = envs.make('alfworld', compact=True)\n"
+              "world.prepare([world.tasks('train')[i] for i in range(3)])\n"
+              "print(envs.translator.process.pid, flush=True); time.sleep(60)")
+    with subprocess.Popen([sys.executable, "-c", script], cwd=HERE, stdout=subprocess.PIPE, text=True) as first:
+        second = int(first.stdout.readline())
+        first.kill()
+    gone = time.monotonic() + 60
+    with pytest.raises(ProcessLookupError):
+        while time.monotonic() < gone:
+            os.kill(second, 0)
+            if Path(f"/proc/{second}/stat").exists() and Path(f"/proc/{second}/stat").read_text().split()[2] == "Z":
+                raise ProcessLookupError                                    # ended, and nobody has asked how
+            time.sleep(0.05)
+
+
 @slow
 def test_memory_stays_flat_over_200_games(plans):
     """200 games of a group of four: the resident set grows by less than 30 MB after the first 20. The last translations
@@ -1083,7 +1169,7 @@ def test_memory_stays_flat_over_200_games(plans):
         with plans.open(plans.tasks("train")[i]) as game:
             for seed in range(4):
                 play(game, seed)
-        envs._translate.cache_clear()
+        envs.translator.known.clear()
         if i == 20:
             before = int(statm.read_text().split()[1])
     assert (int(statm.read_text().split()[1]) - before) * os.sysconf("SC_PAGE_SIZE") < 30e6
@@ -2740,20 +2826,40 @@ def test_a_won_pair_is_measured_and_gated_on_its_action_tokens(policy, monkeypat
     run.score(group)
     effect = run.measure(group)
     assert effect == 1.0 and skill.effects == [[0, 1.0]] and skill.state == "active"
-    rows = run.gate(group, effect)
+    gate = lambda effect: run.gate(run.guided(group, effect))
+    is_open = lambda rows: any(any(row.gate) for row in rows)
+    rows = gate(effect)
     assert [r.prompt for r in rows] == [s.plain for s in group[0].steps] and len(rows) == len(commands)
     for row, step, command in zip(rows, group[0].steps, commands):
         assert policy.decode([t for t, g in zip(row.response, row.gate) if g]) == command
         assert row.response == step.response and row.weight == pytest.approx(min(step.advantage / 2, 1))
-    assert run.gate(group, 0.0) == []                                       # the pair gained nothing
+    assert not is_open(gate(0.0))                                           # the pair gained nothing
+    kept = run.guided(group, 1.0)
     skill.effects = [[0, -1.0]]
-    assert run.gate(group, 1.0) == []                                       # the skill is of no use
+    assert not is_open(run.gate(kept))                                      # the skill has turned out to be of no use
     run.cfg = dataclasses.replace(run.cfg, variant="no_gate")
-    assert [r.gate for r in run.gate(group, 0.0)] == [r.gate for r in rows]
+    assert [r.gate for r in gate(0.0)] == [r.gate for r in rows]
     run.cfg = dataclasses.replace(run.cfg, variant="no_advantage")
     skill.effects = [[0, 1.0]]
-    assert run.gate(group, 0.0) == [] and {r.weight for r in run.gate(group, 1.0)} == {1.0}
+    assert not is_open(gate(0.0)) and {r.weight for r in gate(1.0)} == {1.0}
     assert run.measure([e for e in group if e.skill is None]) is None
+
+
+@pytest.mark.parametrize("variant", ["siri", "random_skill"])
+def test_groups_get_the_skill_that_matches_their_task_or_any_for_the_ablation(policy, monkeypatch, variant):
+    bank, plans = bank_with("the task needs apple"), []
+    bank.add("the task needs mug", "look", 0, "t")
+    tasks = [envs.Task(f"game {i}", "kind", f"put a {'apple' if i % 2 else 'mug'} in shelf", "train") for i in range(16)]
+    monkeypatch.setattr(siri, "rollout", lambda policy, env, plan, *_: plans.append(plan) or [])
+    run = bare_run(policy, bank=bank, env=SimpleNamespace(prepare=len), train_tasks=tasks,
+                   cfg=dataclasses.replace(policy.cfg, variant=variant, groups=16, group_size=4))
+    for phase in (0, 1):
+        run.progress.phase = phase
+        run.play()
+    assert all(given == [None] * 4 for _, given in plans[0])
+    assert all(a is b is not None and c is d is None for _, (a, b, c, d) in plans[1])
+    matched = [given[0].condition.split()[-1] in task.goal for task, given in plans[1]]
+    assert all(matched) if variant == "siri" else 0 < sum(matched) < 16
 
 
 @pytest.mark.parametrize("variant, phase, age, solved, recent, active, ends", [
@@ -2777,10 +2883,13 @@ def test_phases_end_by_success_by_active_skills_or_by_budget(policy, variant, ph
 
 
 def test_every_pass_over_the_training_tasks_is_a_new_permutation(policy):
-    run = bare_run(policy, train_tasks=list("abcdefghij"), cfg=dataclasses.replace(policy.cfg, groups=4))
+    told = []
+    run = bare_run(policy, train_tasks=list("abcdefghij"), cfg=dataclasses.replace(policy.cfg, groups=4),
+                   env=SimpleNamespace(prepare=told.append))
     drawn = sum((run.next_tasks() for _ in range(5)), [])
     assert sorted(drawn[:10]) == sorted(drawn[10:]) == run.train_tasks and drawn[:10] != drawn[10:]
-    again = bare_run(policy, train_tasks=run.train_tasks, cfg=run.cfg)
+    assert sum(told[:4], []) == drawn[4:]                                   # the environment knows what comes next
+    again = bare_run(policy, train_tasks=run.train_tasks, cfg=run.cfg, env=run.env)
     again.progress.cursor = 8                                               # a resumed run draws what comes next
     assert again.next_tasks() == drawn[8:12]
 
@@ -2894,6 +3003,25 @@ def same_run(through, broken):
 def test_a_killed_run_resumes_to_the_same_bytes(runs):
     assert len(metrics(runs[0])) == 6                                           # 4 + 2 iterations
     same_run(*(cwd / "runs/x" for cwd in runs))
+
+
+def test_a_run_that_ended_with_mining_goes_on_when_granted_more_under_any_variant(runs, tmp_path):
+    """The first two phases don't depend on the variants of the third, so one run of them serves all."""
+    cwd = tmp_path / "siri"
+    cwd.mkdir()
+    assert start(cwd, *SMOKE, "--distill-max", "0").wait() == 0, (cwd / "err.txt").read_text()
+    assert len(metrics(cwd)) == 3 and len(json.loads((cwd / "runs/x/results.json").read_text())) == 5
+    other = shutil.copytree(cwd, tmp_path / "no_gate")
+    for process, at in [(start(at, "--resume", "runs/x", "--distill-max", "3", "--variant", at.name), at) for at in (cwd, other)]:
+        assert process.wait() == 0, (at / "err.txt").read_text()
+    adapter, optimizer, rows = (
+        [f(at) for at in (runs[0], cwd, other)] for f in (
+            lambda at: (siri.latest_checkpoint(at / "runs/x") / "adapter_model.safetensors").read_bytes(),
+            lambda at: (siri.latest_checkpoint(at / "runs/x") / "optimizer.safetensors").read_bytes(),
+            lambda at: [{k: v for k, v in row.items() if k not in TIMES} for row in metrics(at)]))
+    assert adapter[0] == adapter[1] and optimizer[0] == optimizer[1] and rows[0] == rows[1]
+    assert rows[2][:3] == rows[0][:3] and rows[2][3]["internal_rows"] > rows[0][3]["internal_rows"]
+    assert adapter[2] != adapter[0]
 
 
 def test_evaluating_a_run_repeats_its_last_result(runs, monkeypatch, capsys):
@@ -3778,10 +3906,10 @@ def reported(tmp_path):
     policy, task = tiny_policy(), envs.Task("household0-0/train/1", "kind", "put a pen in shelf", "train")
     steps = [sampled(policy, "<think> find pen </think> <action> go to desk 1 </action>", advantage=1.5, reward=10.0),
              sampled(policy, "<think> find pen </think> <action> look </action>", advantage=-0.75, valid=False)]
-    guided = copy.deepcopy(steps)
-    guided[0].weights = [0.0] * 5 + [0.75] * 4 + [0.0]                     # the action: go to desk 1
+    guided = [dataclasses.replace(step, plain=[1]) for step in steps]
     group = [siri.Episode(task, good, guided, False), siri.Episode(task, None, steps, True)]
-    siri.save_samples(folder, siri.Progress(iteration=5, phase=2), [group], policy)
+    run = bare_run(policy, folder=folder, bank=bank, progress=siri.Progress(iteration=5, phase=2))
+    siri.save_samples(run, [group], [0.5])
     return folder
 
 
@@ -3845,18 +3973,11 @@ def test_the_report_shows_advantage_and_weight_of_every_token(reported):
     assert "This run has samples without token data" in written(reported)[1].text
 
 
-def test_the_gate_of_a_step_is_what_the_sample_records():
-    """`Run.gate` leaves each token's weight with its step: S8's where the gate is open, the action's tokens, else 0."""
-    policy, cfg = tiny_policy(), tiny_policy().cfg
-    skill = Skill(0, "c", "s", 0, "t", effects=[[0, 1.0]])
-    step = sampled(policy, "<think> find pen </think> <action> go to desk 1 </action>", advantage=0.5)
-    step.plain = [1]
-    task = envs.Task("t", "k", "g", "train")
-    run = SimpleNamespace(cfg=cfg, policy=policy)
-    (row,) = siri.Run.gate(run, [siri.Episode(task, skill, [step])], 1.0)
-    assert step.weights == [0.0] * 5 + [0.25] * 4 + [0.0] and [w > 0 for w in step.weights] == row.gate     # .5 / a_max 2
-    step.weights = []
-    assert siri.Run.gate(run, [siri.Episode(task, skill, [step])], -1.0) == [] and not any(step.weights)
+def test_a_sample_holds_the_weights_of_the_actions_that_pass_the_gate(reported):
+    guided, plain = json.loads((reported / "samples" / "0005.json").read_text())["episodes"]
+    weights = lambda episode: [step["weights"] for step in episode["steps"]]
+    assert weights(guided) == [[0.0] * 5 + [0.75] * 4 + [0.0], [0.0] * 7]           # 1.5 / a_max, the action: go to desk 1
+    assert weights(plain) == [[0.0] * 10, [0.0] * 7]
 
 
 def test_the_report_is_one_accessible_page(reported):

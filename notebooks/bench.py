@@ -57,6 +57,7 @@ PARTS: dict[str, Callable[[siri.Config, int, bool], list[Row]]] = {}
 
 
 def add_part(function: Callable[[siri.Config, int, bool], list[Row]]) -> Callable:
+    """Register a part in PARTS under its own name."""
     PARTS[function.__name__] = function
     return function
 
@@ -77,12 +78,14 @@ def alternate(rounds: int, **sides: Callable[[int], dict[str, float]]) -> dict[s
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
+    """Median, least, greatest and all of a side's values over the rounds."""
     return dict(median=median(values), min=min(values), max=max(values), values=list(values))
 
 
 def row(part: str, what: str, unit: str, ours: Sequence[float], than: str | None = None,
         other: Sequence[float] | None = None, require: str | None = None, **more: Any) -> Row:
-    """One line of the table. `require`, such as ">= 5", is about the ratio ours / other, or about ours if it is alone."""
+    """One line of the table. `require`, such as ">= 5", is about the ratio ours / other, or about ours if it is alone.
+    `ours` and `other` hold one value, in `unit`, for each round."""
     out = dict(part=part, what=what, unit=unit, ours=spread(ours), than=than, other=None, ratio=None, require=require,
                met=None, **more)
     if other is not None:
@@ -96,6 +99,7 @@ def row(part: str, what: str, unit: str, ours: Sequence[float], than: str | None
 
 
 def skipped(part: str, reason: str) -> list[Row]:
+    """The one row of a part that can't run here, with the reason."""
     return [dict(part=part, skipped=reason)]
 
 
@@ -106,6 +110,7 @@ def wait_for_device() -> None:
 
 
 def seconds(work: Callable[[], Any]) -> tuple[float, Any]:
+    """Wall-clock seconds of some work, the device's included, and its result."""
     wait_for_device()
     started = time.perf_counter()
     result = work()
@@ -147,7 +152,8 @@ def resident_peak() -> int:
 
 
 def in_child(function: Callable[..., Any], **arguments: Any) -> Any:
-    """Call a function of this module in a fresh process, with the same number of threads. JSON in and out."""
+    """Call a function of this module in a fresh process, with the same number of threads. JSON in and out. RuntimeError
+    with the end of its errors if it fails."""
     call = dict(function=function.__name__, threads=torch.get_num_threads(), arguments=arguments)
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     done = subprocess.run([sys.executable, "-c", "from notebooks import bench; bench.child()"], input=json.dumps(call),
@@ -158,6 +164,7 @@ def in_child(function: Callable[..., Any], **arguments: Any) -> Any:
 
 
 def child() -> None:
+    """The other end of `in_child`: the call from standard input, its result as the last line of output."""
     call = json.load(sys.stdin)
     torch.set_num_threads(call["threads"])
     print("\n" + json.dumps(globals()[call["function"]](**call["arguments"])))
@@ -189,6 +196,7 @@ def play(policy: Any, env: Any, tasks: Sequence[envs.Task], size: int, temperatu
 
 
 def steps_of(groups: Sequence[Sequence[siri.Episode]]) -> list[siri.Step]:
+    """All steps of all rollouts, in order."""
     return [s for group in groups for e in group for s in e.steps]
 
 
@@ -200,6 +208,7 @@ def rows_of(groups: Sequence[Sequence[siri.Episode]], cfg: siri.Config) -> list[
 
 
 def adamw(policy: siri.Policy, lr: float) -> torch.optim.Optimizer:
+    """torch's AdamW over the adapter, the same for both sides."""
     return torch.optim.AdamW(policy.trainable, lr=lr, betas=(0.9, 0.999), weight_decay=policy.cfg.weight_decay)
 
 
@@ -377,7 +386,8 @@ def environment(cfg: siri.Config, rounds: int, quick: bool) -> list[Row]:
 def textbook_update(policy: siri.Policy, optimizer: torch.optim.Optimizer, rows: Sequence[siri.Row], cfg: siri.Config,
                     batch: int = 8) -> dict[str, float]:
     """The optimizer step of `siri.update` as it is commonly written: batches of so many rows in the order given, padded
-    to `max_prompt + max_response`, every row, fp32 logits of the whole vocabulary at all positions."""
+    to `max_prompt + max_response`, every row, fp32 logits of the whole vocabulary at all positions. Returns the
+    gradient norm before clipping."""
     model, width = policy.model, cfg.max_prompt + cfg.max_response
     n = sum(len(r.response) for r in rows)
 
@@ -516,7 +526,8 @@ def logprobs(cfg: siri.Config, rounds: int, quick: bool) -> list[Row]:
 
 def our_iteration(policy: siri.Policy, optimizer: torch.optim.Optimizer, env: Any, tasks: Sequence[envs.Task],
                   cfg: siri.Config) -> Counter:
-    """Rollouts, advantages, one optimizer step. Returns the work done."""
+    """Rollouts, advantages (G1-G6), one optimizer step. Returns the work done: steps, and tokens read, sampled,
+    trained and run (see `trl`)."""
     groups = play(policy, env, tasks, cfg.group_size, cfg.temperature)
     rows = rows_of(groups, cfg)
     stats = siri.update(policy, optimizer, rows, [], 0.0, cfg, np.random.default_rng(0))
@@ -891,7 +902,8 @@ HEADER = (f"{'part':<12} {'what':<40} {'unit':<16} {'ours: median [min, max]':<2
 
 def main(parts: Sequence[str], cfg: siri.Config, rounds: int = 5, quick: bool = False,
          path: str | Path = "bench.json") -> dict[str, Any]:
-    """Run the parts named (none: all), print the table, write it as JSON after every part, and return it."""
+    """Run the parts named (none: all), print the table, write it as JSON after every part, and return it. UserError for
+    an unknown part, and if `path` can't be written."""
     from transformers import logging
     for name in parts:
         if name not in PARTS:

@@ -31,6 +31,7 @@ def esc(text: Any) -> str:
 
 
 def number(value: float) -> str:
+    """A number as text: three significant digits, from 1,000 on whole with commas; a dash (HTML) for nan."""
     return "&ndash;" if math.isnan(value) else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
@@ -44,7 +45,7 @@ def table(caption: str, head: Iterable[str], rows: Iterable[Sequence[str]], word
 
 
 def folded(summary: str, body: str, state: str = "") -> str:
-    """A part that unfolds. `state`: "open", or "long" for what print leaves out."""
+    """A part that unfolds. `state`: "open", or "long" for what print leaves out. Another state raises KeyError."""
     start = {"": "<details>", "open": "<details open>", "long": '<details class="long">'}[state]
     return f"{start}<summary>{summary}</summary>{body}</details>\n"
 
@@ -66,10 +67,12 @@ MARKERS = ('<circle cx="{x}" cy="{y}" r="{r}"/>', '<path d="M{x} {y}m-{r}-{r}h{d
 
 
 def marker(style: int, x: float, y: float, r: float = 2) -> str:
+    """One of four shapes, by `style` modulo 4, centred at (x, y), of radius r, in SVG units."""
     return MARKERS[style % len(MARKERS)].format(x=f"{x:.1f}", y=f"{y:.1f}", r=r, d=2 * r)
 
 
 def finite(value: float) -> bool:
+    """Whether a chart can show a value: neither nan nor 1e15 and more in size."""
     return abs(value) < 1e15                # nan is not, and what is larger would only flatten a chart
 
 
@@ -95,7 +98,8 @@ def chart(name: str, title: str, what: str, series: Sequence[Series], marks: Ite
           level: str = "h3") -> str:
     """A figure over iterations: SVG, legend, and the same in words. `name` is its id, `marks` are labelled vertical lines.
 
-    Series differ in colour, dash and marker. 360 units wide, so that a phone shows its text at full size.
+    Series differ in colour, dash and marker. 360 units wide, so that a phone shows its text at full size. `marks` are
+    (iteration, label); `y` is the axis's range, else that of the values and 0.
     """
     drawn = [(k, s, [p for p in s.points if finite(p[1])]) for k, s in enumerate(series)]
     drawn = [item for item in drawn if item[2]]

@@ -70,7 +70,8 @@ def demonstrate(goal: str, state: envs.State, history: list[envs.Turn], skill: s
 
 
 def decide(goal: str, can: list[str], did: list[str], skill: str | None, rng: random.Random) -> tuple[str, str]:
-    """Sub-goal and action from the commands `can` and the last two actions `did`."""
+    """Sub-goal and action from the commands `can` and the last two actions `did`. A goal of a form that GOALS lacks
+    raises StopIteration."""
     wish, verb, machine = next((m, verb, machine) for pattern, verb, machine in GOALS
                                if (m := re.fullmatch(pattern, goal)))
     target, place = wish["obj"], wish["place"]
@@ -116,7 +117,8 @@ def whereabouts(scene: envs.Scene) -> str:
 
 
 def play(game, skill: str | None, rng: random.Random, slip: float):
-    """One episode of the teacher. Returns its lessons, its trajectory and whether it won."""
+    """One episode of the teacher. Returns its lessons, its trajectory and whether it won. `slip` is the chance that a
+    random visible command is played instead."""
     state, history, lessons = game.start, [], []
     while not state.done:
         prompt = envs.render_prompt(game.task.goal, state, history, skill=skill, style="compact")
@@ -161,6 +163,7 @@ def collect(households: int, games: int, seed: int, max_steps: int) -> list[tupl
 
 
 def finish(lessons: list[tuple[str, str]], outcomes: dict[str, list[bool]], rng: random.Random) -> list[tuple[str, str]]:
+    """Print the teacher's success for each kind of episode; returns the lessons, shuffled."""
     for label, won in sorted(outcomes.items()):
         print(f"teacher, {label}: success {sum(won) / len(won):.2f} of {len(won)}")
     rng.shuffle(lessons)
@@ -173,6 +176,7 @@ WISH = re.compile(r"find me (?P<quality>\w+) (?P<article>\w+) with color: (?P<co
 
 
 def shop_skill(quality: str, brand: str) -> str:
+    """A skill as the teacher in a shop understands it."""
     return f"when the task needs {quality} -> look at {brand} first"
 
 
@@ -282,7 +286,7 @@ def build_tokenizer(texts, brackets: bool = False) -> PreTrainedTokenizerFast:
 
 
 def encode(tokenizer, lessons, max_len: int) -> list[tuple[list[int], int]]:
-    """Token ids of each lesson, and where its answer begins."""
+    """Token ids of each lesson, and where its answer begins; lessons of more than `max_len` tokens are left out."""
     out = []
     for prompt, answer in lessons:
         head = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True,
@@ -354,6 +358,7 @@ def begin_with(model, tokenizer, folder: Path) -> None:
 
 
 def main() -> None:
+    """The command line: collect lessons, make the tokenizer, imitate, save."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--env", choices=("alfworld", "webshop"), default="alfworld")
     parser.add_argument("--out", type=Path, help="default assets/tiny or assets/tiny-webshop")

@@ -27,6 +27,7 @@ HELP = """Type a command, or its number. Besides:
 
 
 def show(text: str) -> None:
+    """Print text, its control characters replaced (`printable`)."""
     print(printable(text), flush=True)
 
 
@@ -55,7 +56,7 @@ def command(line: str, state: envs.State) -> str:
 
 
 def play(env: envs.Environment, task: envs.Task, policy: Callable[[], siri.Policy]) -> bool:
-    """One game. Returns whether another one is wanted."""
+    """One game. Returns whether another one is wanted. UserError if the game can't be opened."""
     try:
         game = env.open(task)
     except (OSError, ValueError, KeyError) as e:
@@ -104,7 +105,8 @@ def play(env: envs.Environment, task: envs.Task, policy: Callable[[], siri.Polic
 
 
 def main(cfg: siri.Config, run: Path | None) -> None:
-    """Games until the person quits. With `run`, the policy is its latest checkpoint, else the preset's base policy."""
+    """Games until the person quits. With `run`, the policy is its latest checkpoint, else the preset's base policy.
+    UserError for a run without a sound checkpoint."""
     checkpoint = siri.latest_checkpoint(run) if run else None
     env = siri.make_environment(cfg)
     policy = cache(lambda: siri.Policy(dataclasses.replace(cfg, update_tokens=1), checkpoint))      # no probe of training

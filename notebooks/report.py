@@ -56,6 +56,7 @@ def conforms(value: Any, form: Any) -> bool:
 
 
 def load(path: Path, form: Any) -> Any:
+    """A file's JSON data. UserError if it can't be read, or doesn't conform to `form`."""
     data = siri.read_json(path)
     if not conforms(data, form):
         raise siri.UserError(f"{path}: is not what siri.py writes there; move it away, or give another run folder")
@@ -63,6 +64,7 @@ def load(path: Path, form: Any) -> Any:
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
+    """The evaluations in results.json; none if it is missing. UserError for data that siri.py did not write."""
     results = load(path, RESULTS) if path.exists() else []
     for part in itertools.chain(results, *(r["kinds"].values() for r in results)):
         if not 0 <= part["successes"] <= part["n"]:
@@ -71,6 +73,7 @@ def read_results(path: Path) -> list[dict[str, Any]]:
 
 
 def read_samples(folder: Path) -> list[dict[str, Any]]:
+    """The samples in the order of their file names. UserError for data that siri.py did not write."""
     samples = []
     for path in sorted(folder.glob("*.json")):
         samples.append(load(path, SAMPLE))
@@ -81,7 +84,8 @@ def read_samples(folder: Path) -> list[dict[str, Any]]:
 
 
 def read_metrics(path: Path) -> tuple[list[dict[str, float]], str]:
-    """The rows of metrics.csv, and a remark for the reader. A line that a crash tore is the last one: it has no end."""
+    """The rows of metrics.csv, and a remark for the reader. A line that a crash tore is the last one: it has no end.
+    UserError naming the column or line that is wrong."""
     if not path.exists():
         return [], "metrics.csv is missing: this run has not finished an iteration."
     try:
@@ -109,10 +113,12 @@ def read_metrics(path: Path) -> tuple[list[dict[str, float]], str]:
 
 
 def section(name: str, heading: str, *parts: str) -> str:
+    """A section of the page; `name` is its id, heading and parts are HTML."""
     return f'<section id="{name}"><h2>{heading}</h2>\n{"".join(parts)}</section>\n'
 
 
 def rate(part: dict[str, Any]) -> str:
+    """Success with its 95% Wilson interval, as HTML; a dash for n = 0."""
     lo, hi = siri.wilson(part["successes"], part["n"])
     return f"{part['successes'] / part['n']:.3f} [{lo:.3f}, {hi:.3f}]" if part["n"] else "&ndash;"
 
@@ -236,6 +242,7 @@ def skill_card(bank: skills.SkillBank, skill: skills.Skill, x_range: tuple[float
 
 
 def skills_section(bank: skills.SkillBank | None, cfg: dict[str, Any], rows: list[dict]) -> str:
+    """The bank: its rejections, and every skill's card by state and utility; or why there are none."""
     parts = []
     if not bank or not bank.skills:
         why = ("the variant gigpo has no skills" if cfg["variant"] == "gigpo" else "skills.json is missing" if not bank else
@@ -276,7 +283,7 @@ def spaces(pieces: list[str], text: str) -> list[str]:
 
 
 def step_item(place: int, step: dict[str, Any], scale: float) -> str:
-    """What was seen, the sampled tokens, what they were worth."""
+    """What was seen, the sampled tokens, what they were worth. `scale` is the advantage that gets the full tint."""
     a, seen, pieces = step["advantage"], step["observation"], step["pieces"]
     tokens = "".join(space + (f'<b style="--w:{min(w, 1):.2f}">{esc(p)}</b>' if w > 0 else f"<span>{esc(p)}</span>")
                      for space, p, w in zip(spaces(pieces, step["text"]), pieces, step["weights"]) if p)
@@ -321,6 +328,7 @@ the plain prompt in phase 2, the line as thick as their weight; for the others t
 
 
 def config_section(cfg: dict[str, Any]) -> str:
+    """Every setting as used, beside its default."""
     default = {f.name: f.default for f in dataclasses.fields(siri.Config)}
     show = lambda v: f"<code>{esc(v)}</code>" if v != "" else "&ndash;"
     rows = [[esc(k), show(v), show(default.get(k, "")), "changed" if v != default.get(k) else ""] for k, v in cfg.items()]
@@ -357,7 +365,7 @@ def page(folder: Path) -> str:
 
 
 def write(folder: Path) -> Path:
-    """Write the report of the run in `folder`, and return its path."""
+    """Write the report of the run in `folder`, and return its path. UserError as `page`, and if it can't be written."""
     path = folder / "report.html"
     text = page(folder).encode("ascii", "xmlcharrefreplace").decode()           # reads the same in every locale
     try:
