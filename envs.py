@@ -52,7 +52,7 @@ class Task:
     id: str
     kind: str
     goal: str                       # the sentence that the policy is given
-    split: str                      # "train", "valid_seen" or "valid_unseen"
+    split: str                      # "train", "valid_seen" or "valid_unseen"; WebShop: "train", "validation" or "test"
     data: Any = field(default=None, repr=False, compare=False)   # what the environment needs to open it
 
 
@@ -262,6 +262,15 @@ def _query(text: str) -> list[tuple[str, list[tuple[str, str]]]]:
     return [(p.name, [(ph.name, ph.type) for ph in p.parameters]) for p in rule.preconditions]
 
 
+@lru_cache(maxsize=256)
+def _asked(template: str) -> tuple[str, ...] | None:
+    """The predicates that a command's template asks about; None if it has rules, which may ask about any."""
+    parts = [symbol.symbol if type(symbol).__name__ == "ListSymbol" else symbol for symbol in _symbols(template)]
+    if any(type(part).__name__ == "NonterminalSymbol" for part in parts):
+        return None
+    return tuple(predicate for part in parts if getattr(part, "given", "") for predicate, _ in _query(part.given))
+
+
 @lru_cache(maxsize=4096)
 def _expression(text: str) -> Any:
     """A grammar expression such as `o.indefinite + ' ' + o.name`, compiled. Game files come from elsewhere, and TextWorld
@@ -407,6 +416,8 @@ class AlfEngine:
         for info in self.entities.values():
             info.name, info.definite, info.indefinite = demangler.demangle_alfred_name(info.id), "the", "a"
         self.nodes: dict[Any, _Node] = {}
+        self.operators: dict[int, tuple[str, str, dict]] = {}       # Fast Downward's number -> name, action, binding
+        self.written: dict[tuple[int, ...], str] = {}               # commands, see `_command`
         self.root = self._node({name: sorted(rows) for name, rows in facts.items()}, frozenset())
         self.intro = self._write("#intro#", self.root.facts, {}).replace(STAND_IN, goal)
 
@@ -444,13 +455,28 @@ class AlfEngine:
         node.won = bool(self.lib.check_goal())
         operators = (self.fd.Operator * self.lib.get_applicable_operators_count())()
         self.lib.get_applicable_operators(operators)
-        for operator in {op.name: op for op in reversed(operators)}.values():
-            action, *arguments = operator.name.split()
-            binding = dict(zip(self.parameters[action], arguments))
-            command = self._write(self.logic.actions[action].template, facts, binding)
+        for operator in operators:
+            if operator.id not in self.operators:
+                action, *arguments = operator.name.split()
+                self.operators[operator.id] = operator.name, action, dict(zip(self.parameters[action], arguments))
+        for operator in {self.operators[op.id][0]: op for op in reversed(operators)}.values():
+            _, action, binding = self.operators[operator.id]
+            command = self._command(operator.id, facts)
             node.commands[command] = (operator.id, operator.nb_effect_atoms, action, binding)
         node.admissible = tuple(sorted(node.commands))
         return node
+
+    def _command(self, operator: int, facts: Facts) -> str:
+        """An operator's command, written once as long as the facts that it asks about are the same lists: a changed fact
+        makes a new list, and nodes keep theirs."""
+        _, action, binding = self.operators[operator]
+        template = self.logic.actions[action].template
+        if (asked := _asked(template)) is None:
+            return self._write(template, facts, binding)
+        key = operator, *(id(facts.get(predicate)) for predicate in asked)
+        if key not in self.written:
+            self.written[key] = self._write(template, facts, binding)
+        return self.written[key]
 
     # From facts to sentences: TextWorld's grammar, without its copies.
 

@@ -186,9 +186,11 @@ def some_tasks(env: envs.Environment, turn: int, n: int) -> list[envs.Task]:
     return [tasks[(turn * n + i) % len(tasks)] for i in range(n)]
 
 
-def play(policy: Any, env: Any, tasks: Sequence[envs.Task], size: int, temperature: float) -> list[list[siri.Episode]]:
-    """Groups of `size` plain rollouts. An environment that fails ends the measurement."""
+def play(policy: Any, env: Any, tasks: Sequence[envs.Task], size: int, temperature: float,
+         following: Sequence[envs.Task] = ()) -> list[list[siri.Episode]]:
+    """Groups of `size` plain rollouts; `following` are announced to the environment. RuntimeError if one fails."""
     failures: list[str] = []
+    env.prepare(following)
     groups = siri.rollout(policy, env, [(task, [None] * size) for task in tasks], temperature, failures)
     if failures:
         raise RuntimeError(f"environment failed: {failures[0]}")
@@ -260,14 +262,15 @@ def timed(env: envs.Environment, spent: Counter) -> SimpleNamespace:
         game = clock(env.open)(task)
         return SimpleNamespace(start=game.start, step=clock(game.step), close=clock(game.close))
 
-    return SimpleNamespace(open=open_game, tasks=env.tasks)
+    return SimpleNamespace(open=open_game, tasks=env.tasks, prepare=clock(env.prepare))
 
 
 @add_part
 def rollouts(cfg: siri.Config, rounds: int, quick: bool) -> list[Row]:
     """8 groups of 8 episodes by `siri.rollout`, by the same with prompts generated one at a time, and by the same in a
-    batch of fixed shape. New tokens are those of live episodes up to the end of their response, on all sides. In every
-    round ours plays first, so it pays for opening games that the others find prepared."""
+    batch of fixed shape. New tokens are those of live episodes up to the end of their response, on all sides. As in
+    training, the games of the next round are announced when one begins, and translated by the environment's second process
+    meanwhile."""
     cfg = tiny(cfg)
     n_groups, size = (2, 2) if quick else (8, 8)
     env, policy, spent = siri.make_environment(cfg), siri.Policy(cfg), Counter()
@@ -277,7 +280,8 @@ def rollouts(cfg: siri.Config, rounds: int, quick: bool) -> list[Row]:
         def run(k: int) -> dict[str, float]:
             torch.manual_seed(siri.stable_seed(cfg.seed, "bench", k))
             spent.clear()
-            took, groups = seconds(lambda: play(policy, watched, some_tasks(env, k, n_groups), size, cfg.temperature))
+            took, groups = seconds(lambda: play(policy, watched, some_tasks(env, k, n_groups), size, cfg.temperature,
+                                                some_tasks(env, k + 1, n_groups)))
             steps = steps_of(groups)
             return dict(rate=sum(len(s.response) for s in steps) / took, environment=100 * spent["seconds"] / took,
                         steps=len(steps), tokens=sum(len(s.response) for s in steps))
@@ -305,8 +309,8 @@ def scaling(cfg: siri.Config, rounds: int, quick: bool) -> list[Row]:
     def side(n: int) -> Callable[[int], dict[str, float]]:
         def run(k: int) -> dict[str, float]:
             torch.manual_seed(siri.stable_seed(cfg.seed, "bench", k))
-            tasks = some_tasks(env, k, max(counts) // size)[:n // size]
-            took, groups = seconds(lambda: play(policy, env, tasks, size, cfg.temperature))
+            tasks, following = (some_tasks(env, turn, max(counts) // size)[:n // size] for turn in (k, k + 1))
+            took, groups = seconds(lambda: play(policy, env, tasks, size, cfg.temperature, following))
             return dict(cost=took / n, steps=len(steps_of(groups)))
         return run
 
