@@ -27,6 +27,7 @@ import zlib
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -87,7 +88,8 @@ class Game(Protocol):
 class Environment(Protocol):
     """A benchmark: tasks by split, and games to play them in. An episode ends after `max_steps` actions.
 
-    `open` and `step` may raise anything: the group is then dropped, or in an evaluation counted as not solved.
+    `open` and `step` may raise anything: the group is then dropped, or in an evaluation counted as not solved. `prepare`
+    must not raise.
     """
     name: str
     scored: bool                    # whether a task has a score besides success
@@ -264,9 +266,10 @@ def _query(text: str) -> list[tuple[str, list[tuple[str, str]]]]:
 
 @lru_cache(maxsize=256)
 def _asked(template: str) -> tuple[str, ...] | None:
-    """The predicates that a command's template asks about; None if it has rules, which may ask about any."""
+    """The predicates that a command's template asks about; None if it has rules, which may ask about any. (Those for the
+    words between the items of a list are taken not to.)"""
     parts = [symbol.symbol if type(symbol).__name__ == "ListSymbol" else symbol for symbol in _symbols(template)]
-    if any(type(part).__name__ == "NonterminalSymbol" for part in parts):
+    if any(type(x).__name__ == "NonterminalSymbol" for part in parts for x in (part, getattr(part, "expression", None))):
         return None
     return tuple(predicate for part in parts if getattr(part, "given", "") for predicate, _ in _query(part.given))
 
@@ -321,52 +324,62 @@ class Translator:
     """
 
     def __init__(self) -> None:
-        self.known: dict[tuple[str, str], _World] = {}      # the last 256
-        self.announced: list[tuple[str, str]] = []          # those whose answers are still to come
+        self.known: dict[tuple[str, str], _World] = {}          # the last 256
+        self.announced: dict[tuple[str, str], Future] = {}
         self.process: subprocess.Popen | None = None
+        self.numbers = itertools.count()
 
     def announce(self, domain: str, problem: str) -> None:
         """Begin to translate a game that will be needed soon. OSError if no second process can be started."""
-        if (domain, problem) in self.known or (domain, problem) in self.announced:
+        key = domain, problem
+        if key in self.known or key in self.announced:
             return
-        if self.process is None:                            # in a session of its own, where Ctrl-C doesn't reach it
-            self.process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                            text=True, start_new_session=True)
         try:
-            print(json.dumps([domain, problem]), file=self.process.stdin, flush=True)
-            self.announced.append((domain, problem))
-        except BrokenPipeError:                             # somebody has killed it
-            self.process, self.announced = None, []
+            if self.process is None:                            # in a session of its own, where Ctrl-C doesn't reach it
+                self.process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, text=True,
+                                                stdout=subprocess.PIPE, start_new_session=True)
+                self.waiting: dict[int, Future] = {}
+                Thread(target=_listen, args=(self.process.stdout, self.waiting), daemon=True).start()
+            number, future = next(self.numbers), Future()
+            self.waiting[number] = future
+            print(json.dumps([number, *key]), file=self.process.stdin, flush=True)
+            self.announced[key] = future
+        except BaseException as error:                          # half a line may be on its way: this process is done with
+            self.process, self.announced = None, {}
+            if not isinstance(error, BrokenPipeError):          # somebody has killed it, and the game is translated here
+                raise
 
     def world(self, domain: str, problem: str) -> _World:
         """The translated game. ValueError if it can't be translated."""
         key = domain, problem
-        while key not in self.known and key in self.announced:
-            line = self.process.stdout.readline()
-            if line.endswith("\n"):
-                self._keep(self.announced.pop(0), json.loads(line))
-            else:                                           # somebody has killed it
-                self.process, self.announced = None, []
         if key not in self.known:
-            self._keep(key, _translate(*key))
+            future = self.announced.pop(key, None)              # its result is None if that process could not, or is gone
+            self.known[key] = _World(*(future and future.result() or _translate(*key)))
+            if len(self.known) > 256:
+                del self.known[next(iter(self.known))]
         return self.known[key]
-
-    def _keep(self, key: tuple[str, str], world: Sequence | None) -> None:
-        if world:                                           # else it couldn't be translated: here, it will say why
-            self.known[key] = _World(*world)
-        if len(self.known) > 256:
-            del self.known[next(iter(self.known))]
 
     def serve(self) -> None:
         """The second process: a line of JSON for each game, in and out; null for one that can't be translated."""
-        games: SimpleQueue = SimpleQueue()
-        Thread(target=lambda: [games.put(line) for line in chain(sys.stdin, [None])], daemon=True).start()
-        with suppress(BrokenPipeError):                     # the first process has ended
-            for line in iter(games.get, None):
-                answer = None
-                with suppress(Exception):                   # whatever it is, the first process will meet and report it
-                    answer = _translate(*json.loads(line))
-                print(json.dumps(answer), flush=True)
+        lines: SimpleQueue = SimpleQueue()
+        Thread(target=lambda: [lines.put(line) for line in chain(sys.stdin, [None])], daemon=True).start()
+        with suppress(BrokenPipeError):                         # the first process has ended
+            for line in iter(lines.get, None):
+                number, *game = json.loads(line)
+                world = None
+                with suppress(Exception):                       # whatever it is, the first process will meet and report it
+                    world = _translate(*game)
+                print(json.dumps([number, world]), flush=True)
+
+
+def _listen(answers: Iterable[str], waiting: dict[int, Future]) -> None:
+    """Hand out the second process's answers as they come: a full pipe would hold it up."""
+    for line in answers:
+        if line.endswith("\n"):                                 # else it was killed while it wrote
+            number, world = json.loads(line)
+            waiting.pop(number).set_result(world)
+    for future in list(waiting.values()):
+        future.set_result(None)
 
 
 translator = Translator()                                   # one for all worlds of the process
@@ -561,7 +574,8 @@ class AlfGame:
     def close(self) -> None:
         """Give the engine back. Engines are never freed: a Fast Downward library can't be unloaded safely."""
         if self.engine is not None:
-            self.engine.nodes.clear()
+            for memory in (self.engine.nodes, self.engine.operators, self.engine.written):
+                memory.clear()
             _textworld_memory().clear()
             self.env.engines.append(self.engine)
             self.engine = None
@@ -639,7 +653,7 @@ class AlfWorld:
     def prepare(self, tasks: Sequence[Task]) -> None:
         """Have the games of these tasks translated by a second process, so that `open` need not wait for it."""
         for task in tasks:
-            with suppress(OSError, ValueError, KeyError, TypeError):       # `open` will say what is wrong
+            with suppress(Exception):                   # whatever is wrong with a file, `open` will say it
                 data = self._data(task)
                 translator.announce(data["pddl_domain"], data["pddl_problem"])
 
@@ -1320,10 +1334,9 @@ class Shop:
         return cls(*loaded, tagger=tagger, source=str(Path(folder) / names[0]))
 
     @classmethod
-    def generated(cls, seed: int = 0, products: int = 1000, *, qualities: int = 12, tagger: str = "auto") -> "Shop":
+    def generated(cls, seed: int = 0, products: int = 1000, *, tagger: str = "auto") -> "Shop":
         """A made-up catalogue in the same format; raises what `generate_catalogue` and `Shop()` raise."""
-        return cls(*generate_catalogue(seed, products, qualities=qualities), tagger=tagger,
-                   source=f"generated catalogue {seed}")
+        return cls(*generate_catalogue(seed, products), tagger=tagger, source=f"generated catalogue {seed}")
 
 
 def _product(item: Mapping, n: int, instructions: Mapping, rng: random.Random, source: str) -> Product:
@@ -1637,20 +1650,18 @@ SHADES = "black blue green grey pink red white yellow".split()
 SIZES = "small medium large huge".split()
 
 
-def generate_catalogue(seed: int = 0, products: int = 1000, *, qualities: int = 12,
-                       loyalty: float = 0.9) -> tuple[list[dict], dict]:
+def generate_catalogue(seed: int = 0, products: int = 1000, *, loyalty: float = 0.9) -> tuple[list[dict], dict]:
     """A catalogue in the format of `items_shuffle` and `items_ins_v2`, both returned, drawn from `seed`.
 
     Ten near-duplicates of every article: one from each of eight brands; of one of them a twin that is too dear or comes
     in other colours; of another a lure that lacks its qualities and names the article often enough to be found first.
     They differ in a quality (waterproof, ...) that only the Features page tells and that the search engine doesn't
     index. A shop has habits: `habit[quality]` is the brand that makes things so, for each article with probability
-    `loyalty`. So reading pays, and so does experience. `qualities` says how many there are, 12 at most; more than 24
-    raise ValueError.
+    `loyalty`. So reading pays, and so does experience.
     """
     rng = random.Random(f"shop/{seed}")
     brands = rng.sample(BRANDS, 8)
-    habit = dict(zip(rng.sample(QUALITIES, qualities), brands + rng.sample(brands, 4)))
+    habit = dict(zip(rng.sample(QUALITIES, 12), brands + rng.sample(brands, 4)))
     articles = [(category, crumbs, name) for category, (crumbs, names) in DEPARTMENTS.items() for name in names]
     families = -(-products // 10)
     items, instructions = [], {}

@@ -163,7 +163,7 @@ class Config:
     lambda_warm: int = 3                # K_warm, iterations, S10 [O]
     distill_rows: int = 64              # gated steps per optimizer step [O]
     distill_epochs: int = 1             # passes over the gated steps of an iteration's window [O]
-    distill_window: int = 12            # iterations whose gated steps are kept [O]
+    distill_window: int = 12            # iterations whose guided steps are kept [O]
     distill_min: int = 64               # gated steps before any internalization [O]
     distill_lr: float = 1e-5            # learning rate of phase 2 [O]
     # run
@@ -749,7 +749,7 @@ class GuidedStep:
     prompt: list[int]           # the plain one of the same step, S9
     response: list[int]
     action: list[bool]          # of each response token: does it belong to the action?
-    advantage: float            # G6
+    advantage: float            # G6, in standard deviations
     skill: int                  # its place in the bank
     effect: float               # of its pair, S4
 
@@ -796,7 +796,7 @@ class Run:
         self.progress = Progress(phase=1 if cfg.variant == "no_warmup" else 0)
         if resume:
             load_checkpoint(self, resume)
-            self.progress.finished &= bool(self.phase_done())       # a flag of this call may grant a finished run more
+            self.progress.finished &= self.last_phase() and bool(self.phase_done())     # this call's flags may grant more
 
     # -- one iteration: draw tasks, roll out, measure, update --
 
@@ -864,8 +864,8 @@ class Run:
         return [g for g in groups if g], failures
 
     def internal_rows(self, groups: list[list[Episode]], effects: list[float | None]) -> tuple[list[Row], float]:
-        """What passes the gate of the last `distill_window` iterations' guided steps, those of phase 1 included, and lambda
-        (S10). None before phase 2, and while there is too little."""
+        """What passes the gate of the last `distill_window` iterations' guided steps, those of phase 1 included, and
+        lambda (S10). None before phase 2, and while fewer than `distill_min` rows have a weight."""
         cfg, p = self.cfg, self.progress
         fresh = [step for group, effect in zip(groups, effects) if effect is not None for step in self.guided(group, effect)]
         p.guided = (p.guided + [[vars(step) for step in fresh]])[-cfg.distill_window:]
@@ -949,8 +949,9 @@ class Run:
     def guided(self, group: list[Episode], effect: float) -> list[GuidedStep]:
         """The steps of a group that had a skill in their prompt, with their action tokens (S7) and the pair's effect
         (S4)."""
+        spread = 1.0 if self.cfg.norm == "std" else 5.0     # of returns 0 and 10, half of each: one scale for both norms
         pieces = lambda s: [self.policy.decode([t]) for t in s.response]
-        return [GuidedStep(s.plain, s.response, distill.action_mask(pieces(s)), s.advantage, e.skill.id, effect)
+        return [GuidedStep(s.plain, s.response, distill.action_mask(pieces(s)), s.advantage / spread, e.skill.id, effect)
                 for e in group if e.skill for s in e.steps]
 
     def gate(self, steps: Sequence[GuidedStep]) -> list[Row]:
@@ -958,14 +959,13 @@ class Run:
         cfg, lengths = self.cfg, [len(s.response) for s in steps]
         if not steps:
             return []
-        spread = 1.0 if cfg.norm == "std" else 5.0      # of returns 0 and 10, half of each: one scale for both norms
         pad = lambda rows: torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
         gate = distill.action_gate(                                                                # (B, T)
             pad([s.action for s in steps]), torch.tensor([True] * len(steps)),
             torch.tensor([self.bank.skills[s.skill].utility(cfg.kappa) for s in steps]),
             torch.tensor([s.effect for s in steps]), response_mask=pad([[True] * n for n in lengths]),
             tokens=cfg.distill_tokens, require_pair_gain=cfg.pair_gain, gated=cfg.variant != "no_gate")
-        weight = distill.advantage_weights(torch.tensor([s.advantage for s in steps]), cfg.a_max * spread,
+        weight = distill.advantage_weights(torch.tensor([s.advantage for s in steps]), cfg.a_max,
                                            uniform=cfg.variant == "no_advantage").tolist()         # (B,)
         return [Row(s.prompt, s.response, gate=is_open[:n].tolist(), weight=w)
                 for s, is_open, w, n in zip(steps, gate, weight, lengths)]
@@ -986,6 +986,11 @@ class Run:
         if p.phase == 1 and len(self.bank.active) >= cfg.active_req:
             return f"{len(self.bank.active)} active skills"
         return ""
+
+    def last_phase(self) -> bool:
+        """Whether the run ends with the current phase."""
+        cfg, p = self.cfg, self.progress
+        return cfg.variant == "gigpo" or p.phase == 2 or 0 < cfg.env_steps <= p.env_steps
 
     def phase_limit(self, phase: int) -> int:
         """Iterations that a phase may take. The variants have the same total."""
@@ -1039,8 +1044,7 @@ class Run:
         """Evaluate what the phase reached, say why it ended, move on."""
         cfg, p = self.cfg, self.progress
         tqdm.write(f"{PHASES[p.phase]} ends after {p.iteration - p.phase_start} iterations: {reason}")
-        spent = cfg.env_steps and p.env_steps >= cfg.env_steps
-        if cfg.variant == "gigpo" or p.phase == 2 or spent:
+        if self.last_phase():
             self.evaluate("final")
             p.finished = True
             save_checkpoint(self)
@@ -1120,8 +1124,9 @@ def evaluate(policy: Policy, env: envs.Environment, panel: Sequence[envs.Task], 
     torch.manual_seed(stable_seed(0, "evaluate"))
     failures: list[str] = []
     episodes, started = [], time.perf_counter()
-    env.prepare(panel)
-    for tasks in chunks(panel, max(1, cfg.groups * cfg.group_size)):
+    parts = [*chunks(panel, max(1, cfg.groups * cfg.group_size))]
+    for tasks, following in zip(parts, [*parts[1:], []]):
+        env.prepare(following)
         plan = [(t, [bank.retrieve(t.goal, explore=False) if bank else None]) for t in tasks]
         groups = rollout(policy, env, plan, cfg.eval_temperature, failures)
         episodes += [g[0] if g else Episode(t, None) for g, t in zip(groups, tasks)]
@@ -1406,7 +1411,8 @@ def load_progress(path: Path, vocab: int, n_skills: int) -> Progress:
     if not wrong and data["phase_start"] > data["iteration"]:
         wrong = ["phase_start"]
     if wrong:
-        raise UserError(f"{path}/progress.json: missing or malformed: {', '.join(wrong)[:200]}; resume from another checkpoint")
+        raise UserError(f"{path}/progress.json: missing or malformed: {', '.join(wrong)[:200]}; resume from another "
+                        "checkpoint, or begin anew if an earlier version wrote it")
     return Progress(**data)
 
 

@@ -1060,6 +1060,26 @@ def test_any_old_state_goes_on_as_in_an_engine_that_never_saw_the_rest(home):
                 assert game.step(states[k], command) == fresh.step(replayed, command)
 
 
+@pytest.mark.parametrize("template, asked", [
+    ("look", ()), ("take {o} from {r}", ()), ("go to {#where#}", None), ("#go# there", None),
+    ("go to {#where# | opened(r:receptacle)}", None),
+    ("go to [{r.name | receptacleatlocation(r:receptacle, lend:location)}]", ("receptacleatlocation",))])
+def test_what_a_command_depends_on(template, asked):
+    assert envs._asked(template) == asked
+
+
+def test_commands_are_the_same_when_each_is_written_anew(plans, home, monkeypatch):
+    for world in (plans, home):
+        task = world.tasks("train")[3]
+        with world.open(task) as game:
+            remembered = [play(game, seed) for seed in range(3)]
+            assert game.engine.written
+        with monkeypatch.context() as patch, world.open(task) as game:
+            patch.setattr(envs, "_asked", lambda template: None)
+            assert [play(game, seed) for seed in range(3)] == remembered
+            assert len(game.engine.nodes) > 20
+
+
 def test_step_limit_invalid_actions_and_the_end(home):
     short = envs.AlfWorld.household(3, max_steps=3)
     with short.open(short.tasks("train")[0]) as game:
@@ -1092,7 +1112,7 @@ def test_games_that_were_announced_are_translated_by_the_second_process_as_by_th
         for task in reversed(tasks):
             with world.open(task) as game:
                 worlds[task.id] = game.engine.world
-    assert translator.announced == []
+    assert translator.announced == {} == translator.waiting
     translator.known.clear()
     translator.allow()
     for world in (home, plans):
@@ -1101,24 +1121,52 @@ def test_games_that_were_announced_are_translated_by_the_second_process_as_by_th
                 assert json.loads(json.dumps(game.engine.world)) == list(worlds.pop(game.task.id))
 
 
+def test_games_that_nobody_has_opened_yet_are_translated_all_the_same(plans, translator):
+    """More text than a pipe holds: the second process must not have to wait for its answers to be read."""
+    tasks = [plans.tasks("valid_unseen")[i] for i in range(4)]
+    plans.prepare(tasks)
+    futures = list(translator.announced.values())
+    worlds = [future.result(timeout=120) for future in futures]
+    assert sum(len(json.dumps(world)) for world in worlds) > 3 * 2**16
+    for task in tasks:
+        plans.open(task).close()
+
+
 def test_a_second_process_that_is_killed_is_done_without_and_then_replaced(home, translator):
     task = home.tasks("valid_seen").__getitem__
+
+    def kill():
+        translator.process.kill()
+        translator.process.wait()
+
     home.prepare([task(0), task(1)])
-    translator.process.kill()
-    translator.process.wait()
+    kill()
     translator.allow()
     for i in (0, 1):
         home.open(task(i)).close()
-    assert translator.process is None and translator.announced == []
-    home.prepare([task(2)])
-    first = translator.process
-    first.kill()
-    first.wait()
-    home.prepare([task(3)])                                                 # it finds out, and gives up
+    assert len(translator.known) == 2 and translator.announced == {}
+    home.prepare([task(2)])                                                 # it finds out, and gives up
     assert translator.process is None
-    home.prepare([task(4)])
-    home.open(task(4)).close()
-    assert translator.process is not first and len(translator.known) == 3
+    home.prepare([task(3)])
+    home.open(task(3)).close()
+    assert translator.process.poll() is None and len(translator.known) == 3
+
+
+def test_an_interrupt_while_a_game_is_announced_loses_nothing(home, translator, monkeypatch):
+    task = home.tasks("valid_seen").__getitem__
+    home.prepare([task(0)])
+    with monkeypatch.context() as patch:
+        patch.setattr(envs, "print", lambda *_, **__: 1 / 0, raising=False)
+        home.prepare([task(1)])                                             # suppressed there: opening it says what is wrong
+        patch.setattr(envs, "print", lambda *_, **__: signal.raise_signal(signal.SIGINT), raising=False)
+        with pytest.raises(KeyboardInterrupt):
+            home.prepare([task(1)])
+    assert translator.process is None and translator.announced == {}
+    home.prepare([task(1)])
+    home.open(task(1)).close()
+    translator.allow()
+    home.open(task(0)).close()
+    assert len(translator.known) == 2 and translator.process.poll() is None
 
 
 def test_a_broken_game_that_is_announced_is_reported_when_it_is_opened(home, translator, tmp_path):
@@ -1149,13 +1197,12 @@ def test_the_second_process_ends_with_the_first(tmp_path):
     with subprocess.Popen([sys.executable, "-c", script], cwd=HERE, stdout=subprocess.PIPE, text=True) as first:
         second = int(first.stdout.readline())
         first.kill()
-    gone = time.monotonic() + 60
-    with pytest.raises(ProcessLookupError):
-        while time.monotonic() < gone:
-            os.kill(second, 0)
-            if Path(f"/proc/{second}/stat").exists() and Path(f"/proc/{second}/stat").read_text().split()[2] == "Z":
-                raise ProcessLookupError                                    # ended, and nobody has asked how
-            time.sleep(0.05)
+    for _ in range(600):
+        state = subprocess.run(["ps", "-o", "stat=", "-p", str(second)], capture_output=True, text=True).stdout.strip()
+        if not state or state.startswith("Z"):                              # ended, if nobody has asked how
+            return
+        time.sleep(0.1)
+    pytest.fail(f"the second process lives on ({state})")
 
 
 @slow
@@ -2877,9 +2924,10 @@ def test_phases_end_by_success_by_active_skills_or_by_budget(policy, variant, ph
     run.progress = siri.Progress(iteration=50 + age, phase=phase, phase_start=50, solved=list(map(str, range(solved))),
                                  recent=recent)
     assert bool(run.phase_done()) == ends
+    assert run.last_phase() == (variant == "gigpo" or phase == 2)
     run.cfg = dataclasses.replace(cfg, env_steps=1000)
     run.progress.env_steps = 1000
-    assert "1000 environment steps" in run.phase_done()
+    assert "1000 environment steps" in run.phase_done() and run.last_phase()
 
 
 def test_every_pass_over_the_training_tasks_is_a_new_permutation(policy):
@@ -3020,7 +3068,7 @@ def test_a_run_that_ended_with_mining_goes_on_when_granted_more_under_any_varian
             lambda at: (siri.latest_checkpoint(at / "runs/x") / "optimizer.safetensors").read_bytes(),
             lambda at: [{k: v for k, v in row.items() if k not in TIMES} for row in metrics(at)]))
     assert adapter[0] == adapter[1] and optimizer[0] == optimizer[1] and rows[0] == rows[1]
-    assert rows[2][:3] == rows[0][:3] and rows[2][3]["internal_rows"] > rows[0][3]["internal_rows"]
+    assert rows[2][:3] == rows[0][:3] and int(rows[2][3]["internal_rows"]) > int(rows[0][3]["internal_rows"])
     assert adapter[2] != adapter[0]
 
 
