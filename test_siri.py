@@ -4021,6 +4021,19 @@ def test_the_report_shows_advantage_and_weight_of_every_token(reported):
     assert "This run has samples without token data" in written(reported)[1].text
 
 
+def test_a_run_that_goes_on_after_its_end_is_not_finished(reported):
+    """Its metrics have a row more than there were when it ended."""
+    path = reported / "metrics.csv"
+    lines = path.read_bytes().decode().splitlines(keepends=True)
+    results = json.loads((reported / "results.json").read_text())
+    results[-1]["iteration"] = len(lines) - 1
+    siri.write_json(reported / "results.json", results)
+    assert "Final success" in written(reported)[1].text
+    path.write_bytes("".join([*lines, lines[-1]]).encode())
+    text = written(reported)[1].text
+    assert "not finished: running, or stopped" in text and "Final success" not in text
+
+
 def test_a_sample_holds_the_weights_of_the_actions_that_pass_the_gate(reported):
     guided, plain = json.loads((reported / "samples" / "0005.json").read_text())["episodes"]
     weights = lambda episode: [step["weights"] for step in episode["steps"]]

@@ -129,7 +129,9 @@ def header_section(name: str, cfg: dict[str, Any], rows: list[dict], results: li
     notice = latest.get("notice") or ("A small generated world: its scores are not benchmark scores." if cfg.get("compact")
                                       else "The run did not record which data it played.")
     versions = latest.get("versions")
-    final = next((r for r in results if r["label"] == "final" and r["iteration"] == len(rows)), None)   # not of before it went on
+    final = next((r for r in reversed(results) if r["label"] == "final"), None)
+    if final and rows and final["iteration"] < len(rows):           # granted more iterations, it goes on
+        final = None
     facts = dict(
         Environment=cfg["env"], Preset=cfg["preset"], Variant=cfg["variant"], Seed=cfg["seed"],
         Model=cfg.get("model", "not recorded"),
