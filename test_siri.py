@@ -1153,12 +1153,15 @@ def test_a_second_process_that_is_killed_is_done_without_and_then_replaced(home,
 
 
 def test_an_interrupt_while_a_game_is_announced_loses_nothing(home, translator, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
     task = home.tasks("valid_seen").__getitem__
     home.prepare([task(0)])
     with monkeypatch.context() as patch:
         patch.setattr(envs, "print", lambda *_, **__: 1 / 0, raising=False)
         home.prepare([task(1)])                                             # suppressed there: opening it says what is wrong
-        patch.setattr(envs, "print", lambda *_, **__: signal.raise_signal(signal.SIGINT), raising=False)
+        patch.setattr(envs, "print", interrupt, raising=False)
         with pytest.raises(KeyboardInterrupt):
             home.prepare([task(1)])
     assert translator.process is None and translator.announced == {}
@@ -3053,6 +3056,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(runs):
     same_run(*(cwd / "runs/x" for cwd in runs))
 
 
+@slow
 def test_a_run_that_ended_with_mining_goes_on_when_granted_more_under_any_variant(runs, tmp_path):
     """The first two phases don't depend on the variants of the third, so one run of them serves all."""
     cwd = tmp_path / "siri"
