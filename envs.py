@@ -1620,7 +1620,7 @@ class WebShop:
 
 def make_shop(data: str, compact: bool, max_steps: int, seed: int, *, size: str = "small", goals: str = "synthetic",
               split: str = "original", observation: str = "text", tagger: str = "auto") -> WebShop:
-    """WebShop with the data files in `data`, else with a made-up catalogue: 300 products (compact) or 1,000.
+    """WebShop with the data files in `data`, else with a made-up catalogue: 450 products (compact) or 1,000.
 
     `size` and `goals` as in `Shop.load`, `split` and `observation` as in `WebShop`; raises what these two raise.
     """
@@ -1628,40 +1628,39 @@ def make_shop(data: str, compact: bool, max_steps: int, seed: int, *, size: str 
         shop = Shop.load(data, size=size, goals=goals, tagger=tagger)
         what = f"the original files in {data} ({size}, {goals} goals)"
     else:
-        shop = Shop.generated(seed, 300 if compact else 1000, tagger=tagger)
+        shop = Shop.generated(seed, 450 if compact else 1000, tagger=tagger)
         what = f"{'small ' if compact else ''}GENERATED catalogue {seed} (scores are not WebShop benchmark scores)"
     return WebShop(shop, what, max_steps=max_steps, observation=observation, split=split)
 
 
 # ---- 13. WebShop: a made-up catalogue ------------------------------------------------------------------------
 
-BRANDS = """acme birch cedar delta ember flint grove haven indra jolt karma lotus maple nova orbit pluto quill rover solis
-    tidal umbra verve willow zephyr""".split()
+BRANDS = "acme cedar ember haven lotus nova solis zephyr".split()
 QUALITIES = """adjustable antique certified compact durable foldable handmade imported lightweight magnetic modern organic
     padded portable quilted recycled reusable reversible rustic scented sturdy vegan washable waterproof""".split()
 DEPARTMENTS = {     # category: its place in the tree of categories, its articles
-    "beauty": ("Beauty & Personal Care › Daily Care", "comb lotion mirror perfume razor soap".split()),
-    "electronics": ("Electronics › Portable Devices", "camera charger headset keyboard speaker tablet".split()),
-    "fashion": ("Clothing, Shoes & Jewelry › Everyday", "boots gloves jacket scarf shirt skirt".split()),
-    "furniture": ("Home & Kitchen › Furniture", "chair desk lamp shelf sofa stool".split()),
-    "kitchen": ("Home & Kitchen › Kitchen & Dining", "bowl kettle knife mug pan tray".split()),
+    "beauty": ("Beauty & Personal Care › Daily Care", "brush comb lotion mirror perfume razor shampoo soap towel".split()),
+    "electronics": ("Electronics › Portable Devices", "camera charger clock headset keyboard monitor radio speaker tablet".split()),
+    "fashion": ("Clothing, Shoes & Jewelry › Everyday", "belt boots coat gloves hat jacket scarf shirt skirt".split()),
+    "furniture": ("Home & Kitchen › Furniture", "bed bench chair desk lamp rug shelf sofa stool".split()),
+    "kitchen": ("Home & Kitchen › Kitchen & Dining", "bowl fork kettle knife mug pan plate spoon tray".split()),
 }
 SHADES = "black blue green grey pink red white yellow".split()
 SIZES = "small medium large huge".split()
 
 
-def generate_catalogue(seed: int = 0, products: int = 1000, *, loyalty: float = 0.9) -> tuple[list[dict], dict]:
+def generate_catalogue(seed: int = 0, products: int = 1000, *, loyalty: float = 0.95) -> tuple[list[dict], dict]:
     """A catalogue in the format of `items_shuffle` and `items_ins_v2`, both returned, drawn from `seed`.
 
     Ten near-duplicates of every article: one from each of eight brands; of one of them a twin that is too dear or comes
     in other colours; of another a lure that lacks its qualities and names the article often enough to be found first.
     They differ in a quality (waterproof, ...) that only the Features page tells and that the search engine doesn't
-    index. A shop has habits: `habit[quality]` is the brand that makes things so, for each article with probability
-    `loyalty`. So reading pays, and so does experience.
+    index. A shop has habits: four of the brands make things special, each in three ways; `habit[quality]` is the one that
+    makes them so, for each article with probability `loyalty`. So reading pays, and so does experience: it tells which
+    brands are worth a look at all, and then which one for what.
     """
     rng = random.Random(f"shop/{seed}")
-    brands = rng.sample(BRANDS, 8)
-    habit = dict(zip(rng.sample(QUALITIES, 12), brands + rng.sample(brands, 4)))
+    habit = dict(zip(rng.sample(QUALITIES, 12), rng.sample(BRANDS, 4) * 3))
     articles = [(category, crumbs, name) for category, (crumbs, names) in DEPARTMENTS.items() for name in names]
     families = -(-products // 10)
     items, instructions = [], {}
@@ -1684,9 +1683,9 @@ def generate_catalogue(seed: int = 0, products: int = 1000, *, loyalty: float = 
         name += f" series {n // len(articles) + 1}" if n >= len(articles) else ""
         features = defaultdict(list)
         for quality, usual in habit.items():
-            features[usual if rng.random() < loyalty else rng.choice(brands)].append(quality)
-        base, (twin, lure) = rng.randint(10, 40), rng.sample(brands, 2)
-        for brand in brands:
+            features[usual if rng.random() < loyalty else rng.choice(BRANDS)].append(quality)
+        base, (twin, lure) = rng.randint(10, 40), rng.sample(BRANDS, 2)
+        for brand in BRANDS:
             price, colours = base + rng.randint(0, 15), rng.sample(SHADES, 3)
             sizes = sorted(rng.sample(SIZES, 3), key=SIZES.index)
             put(brand, n, price, colours, sizes, features[brand])
