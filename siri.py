@@ -196,11 +196,11 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 # What differs on WebShop, by preset. Advantages (norm mean) are about five times as large there, and so is the penalty.
 SHOP = dict(max_steps=15, max_prompt=4096, norm="mean", invalid_penalty=1.0, split="test")
-TINY_SHOP = dict(max_steps=15, model="assets/tiny-webshop", split="test", lr=4e-3,
+TINY_SHOP = dict(max_steps=15, model="assets/tiny-webshop", split="test",
                  distill_tokens="response")                        # its thoughts name the choice that the action repeats
 WEBSHOP = {"paper": SHOP, "paper48": SHOP, "smoke": TINY_SHOP,
-           "tiny": TINY_SHOP | dict(n_req=100, warmup_max=14, mining_max=10, tau_up=0.1, distill_max=4, distill_epochs=2,
-                                    distill_lr=2e-3, lambda_max=10.0)}     # one word of a response carries the choice
+           "tiny": TINY_SHOP | dict(n_req=110, mining_max=10, tau_up=0.1, distill_max=6, distill_epochs=2, distill_lr=2e-3,
+                                    lambda_max=10.0)}              # of a response's tokens, one carries the choice
 SPLITS = {"alfworld": ("train", "valid_seen", "valid_unseen"), "webshop": ("train", "validation", "test")}
 
 
