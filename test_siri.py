@@ -3121,16 +3121,16 @@ def test_variants_leave_phases_out_and_have_the_same_budget(tmp_path, monkeypatc
 
 def test_a_run_on_webshop_reports_scores_and_says_what_it_shops_in(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert siri.main(f"{SMALL} --env webshop --warmup-max 1 --mining-max 1 --distill-max 1 --panel 6 --groups 2 "
+    assert siri.main(f"{SMALL} --env webshop --warmup-max 1 --mining-max 1 --distill-max 1 --panel 2 --groups 2 "
                      "--group-size 2".split()) == 0
     out = capsys.readouterr().out
     assert "GENERATED catalogue 0" in out.splitlines()[0] and "not WebShop benchmark scores" in out.splitlines()[0]
     tagger = json.loads(Path("runs/x/config.json").read_text())["webshop_tagger"]
     assert tagger == envs.find_tagger() and ("a stop-list" if tagger == "stop-list" else tagger) in out.splitlines()[0]
     results = json.loads(Path("runs/x/results.json").read_text())
-    assert [r["label"] for r in results] == LABELS and all(r["panel"] == "webshop test, 6 games" for r in results)
+    assert [r["label"] for r in results] == LABELS and all(r["panel"] == "webshop test, 2 games" for r in results)
     assert all(r["success"] <= r["score"] <= 1 for r in results)
-    assert re.search(rf"final +success .* score {results[-1]['score']:.3f}±{results[-1]['score_se']:.3f}  n 6", out)
+    assert re.search(rf"final +success .* score {results[-1]['score']:.3f}±{results[-1]['score_se']:.3f}  n 2", out)
     assert max(s["mean_steps"] for s in results) <= 15
     for row in metrics(tmp_path):
         assert float(row["success_plain"]) <= float(row["score_plain"]) <= 1
