@@ -1639,8 +1639,10 @@ BRANDS = "acme cedar ember haven lotus nova solis zephyr".split()
 QUALITIES = """adjustable antique certified compact durable foldable handmade imported lightweight magnetic modern organic
     padded portable quilted recycled reusable reversible rustic scented sturdy vegan washable waterproof""".split()
 DEPARTMENTS = {     # category: its place in the tree of categories, its articles
-    "beauty": ("Beauty & Personal Care › Daily Care", "brush comb lotion mirror perfume razor shampoo soap towel".split()),
-    "electronics": ("Electronics › Portable Devices", "camera charger clock headset keyboard monitor radio speaker tablet".split()),
+    "beauty": ("Beauty & Personal Care › Daily Care",
+               "brush comb lotion mirror perfume razor shampoo soap towel".split()),
+    "electronics": ("Electronics › Portable Devices",
+                    "camera charger clock headset keyboard monitor radio speaker tablet".split()),
     "fashion": ("Clothing, Shoes & Jewelry › Everyday", "belt boots coat gloves hat jacket scarf shirt skirt".split()),
     "furniture": ("Home & Kitchen › Furniture", "bed bench chair desk lamp rug shelf sofa stool".split()),
     "kitchen": ("Home & Kitchen › Kitchen & Dining", "bowl fork kettle knife mug pan plate spoon tray".split()),

@@ -187,7 +187,7 @@ TINY = dict(
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},                                                           # one 24 GB GPU
     "paper48": dict(groups=8, memory_gib=44.0, four_bit=False),            # one 48 GB GPU, bf16
-    "tiny": TINY,                                                          # a laptop, 15 minutes
+    "tiny": TINY,                                                          # a laptop, 10 minutes (WebShop: 17)
     "smoke": TINY | dict(groups=2, group_size=4, warmup_max=2, n_req=1, floor=0.0, mining_max=2, n_eval=1,
                          mine_wins=4, distill_max=2, distill_min=1, active_req=1, panel=8,
                          tau_up=-1.0, tau_down=-1.0),                      # the whole path in a minute, for tests

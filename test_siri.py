@@ -29,7 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from html.parser import HTMLParser
@@ -2144,6 +2144,23 @@ def test_every_goal_of_a_made_up_catalogue_can_be_met(seed):
 
 
 @pytest.mark.parametrize("seed", [0, 1])
+def test_four_brands_of_a_made_up_catalogue_make_three_special_things_each(seed):
+    made = defaultdict(Counter)
+    for item in envs.generate_catalogue(seed, 450)[0]:
+        for quality in item["small_description"][1:]:
+            made[quality][item["asin"].rstrip("0123456789")] += 1
+    usual = {quality: count.most_common(1)[0] for quality, count in made.items()}
+    assert len(usual) == 12 and sorted(Counter(brand for brand, _ in usual.values()).values()) == [3] * 4
+    share = sum(n for _, n in usual.values()) / sum(count.total() for count in made.values())
+    assert 0.92 < share < 0.99                                              # a loyalty of 0.95, and chance for the rest
+
+
+def test_every_small_catalogue_has_goals_for_all_splits():
+    for seed in range(0, 100, 100 // some(25)):
+        assert len(envs.make("webshop", compact=True, seed=seed).tasks("train")) >= 200
+
+
+@pytest.mark.parametrize("seed", [0, 1])
 def test_to_buy_the_first_hit_earns_a_little_over_half_and_never_succeeds(seed):
     env, ends = envs.WebShop(generated_shop(seed), "made up"), []
     for task in env.tasks("train"):
@@ -3121,7 +3138,7 @@ def test_variants_leave_phases_out_and_have_the_same_budget(tmp_path, monkeypatc
 
 def test_a_run_on_webshop_reports_scores_and_says_what_it_shops_in(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert siri.main(f"{SMALL} --env webshop --warmup-max 1 --mining-max 1 --distill-max 1 --panel 2 --groups 2 "
+    assert siri.main(f"{SMALL} --env webshop --warmup-max 1 --mining-max 2 --distill-max 1 --panel 2 --groups 5 "
                      "--group-size 2".split()) == 0
     out = capsys.readouterr().out
     assert "GENERATED catalogue 0" in out.splitlines()[0] and "not WebShop benchmark scores" in out.splitlines()[0]
@@ -3132,7 +3149,9 @@ def test_a_run_on_webshop_reports_scores_and_says_what_it_shops_in(tmp_path, mon
     assert all(r["success"] <= r["score"] <= 1 for r in results)
     assert re.search(rf"final +success .* score {results[-1]['score']:.3f}±{results[-1]['score_se']:.3f}  n 2", out)
     assert max(s["mean_steps"] for s in results) <= 15
-    for row in metrics(tmp_path):
+    rows = metrics(tmp_path)
+    assert sum(int(row["n_skill"]) for row in rows) > 0 and int(rows[-1]["internal_rows"]) > 0    # skills are tried, and distilled
+    for row in rows:
         assert float(row["success_plain"]) <= float(row["score_plain"]) <= 1
         assert f"plain {float(row['success_plain']):.2f}" in out and f"score {float(row['score_plain']):.2f}±" in out
 
