@@ -199,8 +199,8 @@ SHOP = dict(max_steps=15, max_prompt=4096, norm="mean", invalid_penalty=1.0, spl
 TINY_SHOP = dict(max_steps=15, model="assets/tiny-webshop", split="test",
                  distill_tokens="response")                        # its thoughts name the choice that the action repeats
 WEBSHOP = {"paper": SHOP, "paper48": SHOP, "smoke": TINY_SHOP,
-           "tiny": TINY_SHOP | dict(n_req=110, mining_max=10, tau_up=0.1, distill_max=6, distill_epochs=2, distill_lr=2e-3,
-                                    lambda_max=10.0)}              # of a response's tokens, one carries the choice
+           "tiny": TINY_SHOP | dict(minibatch=400, n_req=90, mining_max=10, tau_up=0.1, distill_max=6, distill_epochs=2,
+                                    distill_lr=2e-3, lambda_max=10.0)}    # of a response's tokens, one carries the choice
 SPLITS = {"alfworld": ("train", "valid_seen", "valid_unseen"), "webshop": ("train", "validation", "test")}
 
 
@@ -1616,6 +1616,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"siri: {' '.join(str(e).split())}", file=sys.stderr)         # one line, whatever it quotes
         return 2
     except Stopped as e:
+        for which in SIGNALS:                           # all is saved: nothing is left to stop
+            signal.signal(which, signal.SIG_IGN)
         print(f"siri: {e}", file=sys.stderr)
         return 130
     except KeyboardInterrupt:
