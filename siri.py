@@ -200,7 +200,7 @@ TINY_SHOP = dict(max_steps=15, model="assets/tiny-webshop", split="test",
                  distill_tokens="response")                        # its thoughts name the choice that the action repeats
 WEBSHOP = {"paper": SHOP, "paper48": SHOP, "smoke": TINY_SHOP,
            "tiny": TINY_SHOP | dict(minibatch=400, n_req=90, mining_max=10, tau_up=0.1, distill_max=6, distill_epochs=2,
-                                    distill_lr=2e-3, lambda_max=10.0)}    # of a response's tokens, one carries the choice
+                                    lambda_max=10.0)}              # of a response's tokens, one carries the choice
 SPLITS = {"alfworld": ("train", "valid_seen", "valid_unseen"), "webshop": ("train", "validation", "test")}
 
 
