@@ -1225,7 +1225,7 @@ class Score(NamedTuple):
 def find_tagger() -> str:
     """The English spaCy model that is installed, or "stop-list". No model comes with this program."""
     names = ("en_core_web_lg", "en_core_web_md", "en_core_web_sm")      # the original has lg, the GiGPO release sm
-    return next((name for name in names if find_spec(name)), "stop-list")
+    return next((name for name in names if find_spec("spacy") and find_spec(name)), "stop-list")
 
 
 @lru_cache(maxsize=1)
@@ -1293,8 +1293,11 @@ class Shop:
         tagger that is not installed. As in the original, a product whose asin is "nan", over 10 characters or taken
         is left out."""
         self.tagger = find_tagger() if tagger == "auto" else tagger
-        if self.tagger != "stop-list" and not find_spec(self.tagger):
-            raise ValueError(f"the spaCy model {self.tagger!r} is not installed; give --webshop-tagger stop-list")
+        try:
+            title_nouns("A red lamp", self.tagger)
+        except Exception as error:              # a name that is no model may be any module
+            raise ValueError(f"{self.tagger!r} is not an installed spaCy model ({error}); give --webshop-tagger stop-list "
+                             "or the name of one") from error
         rng = random.Random(SHOP_SEED)
         self.products: dict[str, Product] = {}
         for n, item in enumerate(items):
@@ -1318,15 +1321,18 @@ class Shop:
     @classmethod
     def load(cls, folder: str | Path, *, size: str = "small", goals: str = "synthetic", tagger: str = "auto") -> "Shop":
         """The original's files in `folder`: size "small" (the first 1,000 products) or "full", goals "synthetic"
-        or "human". Raises ValueError naming the file for one that is missing or not JSON, and what `Shop()` raises."""
+        or "human". Raises ValueError for another size or goals, naming the file for one that is missing or not JSON, and
+        what `Shop()` raises."""
+        if size not in ("small", "full") or goals not in ("synthetic", "human"):
+            raise ValueError(f"size {size!r} or goals {goals!r} are unknown; there are: small, full; synthetic, human")
         tail = "_1000" if size == "small" else ""
         names = [f"items_shuffle{tail}.json", f"items_ins_v2{tail}.json"] + ["items_human_ins.json"] * (goals == "human")
         loaded = []
         for name, kind in zip(names, (list, dict, dict)):
-            path = Path(folder).expanduser() / name
+            path = Path(folder) / name
             try:
-                loaded.append(json.loads(path.read_bytes()))
-            except (OSError, ValueError, RecursionError) as error:
+                loaded.append(json.loads(path.expanduser().read_bytes()))
+            except (OSError, ValueError, RuntimeError) as error:       # no such user, no such file, no JSON, too deep
                 raise ValueError(f"{path}: cannot be read as JSON ({error}); give the folder with WebShop's data files "
                                  "(--webshop-data), and --webshop-size small or full as they are") from error
             if not isinstance(loaded[-1], kind):
@@ -1351,7 +1357,10 @@ def _product(item: Mapping, n: int, instructions: Mapping, rng: random.Random, s
         if not isinstance(item.get(name), str) and not (name == "full_description" and name in item and item[name] is None):
             raise bad(name, "is missing" if name not in item else f"is {item[name]!r}, not text")
         texts[name] = item[name] or ""
-    bullets = item.get("small_description")
+    for name in ("small_description", "customization_options"):
+        if name not in item:
+            raise bad(name, "is missing")
+    bullets = item["small_description"]
     bullets = [bullets] if isinstance(bullets, str) else bullets or []
     if not _texts(bullets):
         raise bad("small_description", "is not a list of texts")
@@ -1363,7 +1372,7 @@ def _product(item: Mapping, n: int, instructions: Mapping, rng: random.Random, s
         raise bad("pricing", f"is {item['pricing']!r}, not a price such as $12.50") from error
     try:
         options = {name.lower(): tuple(v["value"].strip().replace("/", " | ").lower() for v in values)
-                   for name, values in (item.get("customization_options") or {}).items() if values is not None}
+                   for name, values in (item["customization_options"] or {}).items() if values is not None}
     except (AttributeError, KeyError, TypeError) as error:
         raise bad("customization_options", "is not of the form {name: [{\"value\": text}, ...]}") from error
     entry = instructions.get(texts["asin"], {})
@@ -1501,7 +1510,7 @@ def _rich_text(nodes: Sequence[tuple[str, str]], page: Page) -> str:
         clicked = f'"{text}"' in chosen if kind == "option" else text in page.seen
         mark = "clicked button" if clicked else "button"
         if kind == "text":
-            lines += [text.strip()] if text else []
+            lines += [text] if text else []
         elif kind == "button":
             lines.append(f"[button] {text} [button_]")
         else:
@@ -1568,7 +1577,7 @@ class ShopGame:
         offered = [t.lower() for kinds in (("button",), ("product",), ("option",)) for t, kind in nodes if kind in kinds]
         actions = ["search[<your query>]"] * (page.kind == "search") + [f"click[{t}]" for t in dict.fromkeys(offered)]
         score = page.score.total if page.score else 0.0
-        return State(text, tuple(actions), anchor=f"{text}\n{page.chosen}", reward=10.0 if score == 1 else 0.0,
+        return State(text, tuple(actions), anchor=f"{text}\n{sorted(page.chosen)}", reward=10.0 if score == 1 else 0.0,
                      done=page.kind == "done" or steps >= self.env.max_steps, success=score == 1, steps=steps, valid=valid,
                      score=score, engine=page)
 
@@ -1585,22 +1594,33 @@ class ShopGame:
 class WebShop:
     """Shopping goals in one shop. A task's type is its product's category.
 
-    `what` names the data in the notice, `observation` is "text" or "text_rich", `split` one of SHOP_SPLITS (another
-    raises KeyError). Raises ValueError if the shop has too few goals for the split.
+    `what` names the data in the notice, `observation` is "text" or "text_rich", `split` one of SHOP_SPLITS. A training
+    goal that reads as one held out for test or validation is left out, and the notice counts them. Raises ValueError for
+    another `observation` or `split`, and if the shop has too few goals for the split.
     """
     name, scored = "webshop", True
 
     def __init__(self, shop: Shop, what: str, *, max_steps: int = 15, observation: str = "text",
                  split: str = "original") -> None:
+        if observation not in ("text", "text_rich") or split not in SHOP_SPLITS:
+            raise ValueError(f"observation {observation!r} or split {split!r} is unknown; there are: text, text_rich; "
+                             f"{', '.join(SHOP_SPLITS)}")
         self.shop, self.max_steps, self.observation = shop, max_steps, observation
-        self.splits = {}
+        same = lambda goal: (goal.product.asin, goal.text, goal.options)
+        held_out = {same(goal) for goal in shop.goals[:SHOP_SPLITS[split]["train"][0]]}
+        self.splits, repeated = {}, 0
         for name, (first, last) in SHOP_SPLITS[split].items():
+            goals = list(enumerate(shop.goals))[first:last]
+            if name == "train":
+                goals = [(i, goal) for i, goal in goals if same(goal) not in held_out]
+                repeated = len(shop.goals[first:]) - len(goals)
             self.splits[name] = [Task(f"{name}/{i}-{goal.product.asin}", goal.product.category, goal.text, name, goal)
-                                 for i, goal in enumerate(shop.goals[first:last], first)]
+                                 for i, goal in goals]
             if not self.splits[name]:
                 raise ValueError(f"{len(shop.goals)} goals are too few for the {split} split ({name} begins at goal "
                                  f"{first}); use --webshop-split release, --webshop-size full or --webshop-goals synthetic")
         counts = ", ".join(f"{name} {len(tasks)}" for name, tasks in self.splits.items())
+        counts += f" ({repeated} more read as one held out)" if repeated else ""
         nouns = "a stop-list, as no spaCy model is installed" if shop.tagger == "stop-list" else f"spaCy's {shop.tagger}"
         self.notice = f"WebShop: {what}, {len(shop.products)} products, goals: {counts}; title nouns by {nouns}."
 
@@ -1655,7 +1675,8 @@ def generate_catalogue(seed: int = 0, products: int = 1000, *, loyalty: float = 
     """A catalogue in the format of `items_shuffle` and `items_ins_v2`, both returned, drawn from `seed`.
 
     Ten near-duplicates of every article: one from each of eight brands; of one of them a twin that is too dear or comes
-    in other colours; of another a lure that lacks its qualities and names the article often enough to be found first.
+    in other colours; of another a lure that lacks its qualities and names the article, and every colour and size, often
+    enough to be found first.
     They differ in a quality (waterproof, ...) that only the Features page tells and that the search engine doesn't
     index. A shop has habits: four of the brands make things special, each in three ways; `habit[quality]` is the one that
     makes them so, for each article with probability `loyalty`. So reading pays, and so does experience: it tells which
@@ -1696,7 +1717,7 @@ def generate_catalogue(seed: int = 0, products: int = 1000, *, loyalty: float = 
             elif brand == twin:
                 put(brand, n + families, price, [c for c in SHADES if c not in colours][:3], sizes, features[brand])
             if brand == lure:
-                put(brand, n + 2 * families, price, colours, sizes, [], f" {name}" * 3)
+                put(brand, n + 2 * families, price, colours, sizes, [], " ".join(["", *[name] * 3, *SHADES, *SIZES]))
     return items[:products], {item["asin"]: instructions[item["asin"]] for item in items[:products]}
 
 

@@ -239,6 +239,13 @@ def resolve(overrides: dict[str, Any]) -> tuple[Config, str]:
             raise UserError(f"--{flag(f.name)} {str(value)[:20]}: must be a finite number below 2**53, not negative")
         if value == 0 and f.name not in zero_ok:
             raise UserError(f"--{flag(f.name)} 0: must be positive")
+    unset = Config()
+    for f, wanted, needed in ([(f.name, cfg.env == "webshop", "--env webshop") for f in dataclasses.fields(cfg)
+                               if f.name.startswith("webshop") or f.name == "observation"]
+                              + [(f, bool(cfg.webshop_data), "--webshop-data") for f in ("webshop_size", "webshop_goals")]
+                              + [("alfworld_data", cfg.env == "alfworld", "--env alfworld")]):
+        if getattr(cfg, f) != getattr(unset, f) and not wanted:
+            raise UserError(f"--{flag(f)} {getattr(cfg, f)}: has no effect without {needed}; leave it out, or add that")
     if cfg.variant != "gigpo" and cfg.group_size % 2:
         raise UserError(f"--group-size {cfg.group_size}: paired rollouts need an even group; use {cfg.group_size + 1}, "
                         "or --variant gigpo")
@@ -560,9 +567,10 @@ def rollout(policy: Policy, env: envs.Environment, plan: Sequence[tuple[envs.Tas
             temperature: float, failures: list[str] | None = None) -> list[list[Episode]]:
     """Play every group of the plan: a task, and for each of its rollouts a skill or None.
 
-    All unfinished rollouts of all groups take their next step in one generation batch. An environment that raises loses
-    its group: the group comes back empty and the cause is appended to `failures`. Groups come back in the plan's order.
-    UserError for a prompt that can't be cut to `max_prompt`, or a row that doesn't fit into memory.
+    All unfinished rollouts of all groups take their next step in one generation batch. An environment that raises, or
+    reaches a state whose prompt can't be cut to `max_prompt`, loses its group: the group comes back empty and the cause
+    is appended to `failures`. Groups come back in the plan's order. UserError for such a prompt of a first step, and for a
+    row that doesn't fit into memory.
     """
     groups = [[Episode(task, s) for s in group_skills] for task, group_skills in plan]
     games, live = [], []
@@ -572,6 +580,9 @@ def rollout(policy: Policy, env: envs.Environment, plan: Sequence[tuple[envs.Tas
         broken.add(g)
         (failures if failures is not None else []).append(f"{plan[g][0].id}: {type(error).__name__}: {error}")
 
+    def prompt(e: Episode, state: envs.State, turns: list[envs.Turn]) -> list[int]:
+        return fit_prompt(policy, e.task, state, turns, e.skill.text if e.skill else None)
+
     for g, (task, _) in enumerate(plan):
         games.append(None)
         try:
@@ -579,27 +590,28 @@ def rollout(policy: Policy, env: envs.Environment, plan: Sequence[tuple[envs.Tas
         except Exception as error:              # an environment may raise anything; the group is lost, the run is not
             fail(g, error)
             continue
-        live += [(g, e, games[g].start, []) for e in groups[g]]
+        live += [(g, e, games[g].start, [], prompt(e, games[g].start, [])) for e in groups[g]]
     while live:
-        prompts = [fit_prompt(policy, e.task, s, turns, e.skill.text if e.skill else None) for g, e, s, turns in live]
-        responses = policy.generate(prompts, temperature, policy.cfg.max_response)
+        responses = policy.generate([asked for *_, asked in live], temperature, policy.cfg.max_response)
         going = []
-        for (g, e, state, turns), prompt, ids in zip(live, prompts, responses):
+        for (g, e, state, turns, asked), ids in zip(live, responses):
             if g in broken:
                 continue
             text = policy.decode(ids)
             action = envs.parse_action(text) or ""
+            seen = turns + [envs.Turn(state.observation, action)]
             try:
                 after = games[g].step(state, action)
+                following = [] if after.done else prompt(e, after, seen)
             except Exception as error:
                 fail(g, error)
                 continue
             plain = fit_prompt(policy, e.task, state, turns, None) if e.skill else None
-            e.steps.append(Step(prompt, ids, text, action, state.observation, state.anchor, plain, after.observation,
+            e.steps.append(Step(asked, ids, text, action, state.observation, state.anchor, plain, after.observation,
                                 after.reward, bool(action) and after.valid))
             e.success, e.score = after.success, after.score
             if not after.done:
-                going.append((g, e, after, turns + [envs.Turn(state.observation, action)]))
+                going.append((g, e, after, seen, following))
         live = [item for item in going if item[0] not in broken]
     for game in games:
         if game is not None:
@@ -1526,6 +1538,9 @@ def load_config(folder: Path, changes: dict[str, Any]) -> Config:
     wrong = [f"{name} {value!r}"[:60] for name, value in saved.items() if type(value).__name__ not in kinds.get(name, ())]
     if wrong:
         raise UserError(f"{path}: unknown or malformed settings {', '.join(wrong)}; is it of another version?")
+    if saved.get("webshop_split") != changes.get("webshop_split", saved.get("webshop_split")):
+        raise UserError(f"--webshop-split {changes['webshop_split']}: the run in {folder} was trained with "
+                        f"{saved.get('webshop_split')}, and the other split may hold goals out that it has seen; leave it out")
     try:
         return resolve({**saved, **changes})[0]
     except UserError as e:

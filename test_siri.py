@@ -1741,7 +1741,8 @@ def test_a_missing_or_broken_file_is_named(tmp_path, name, other, content):
     *(("name", c) for c in ("-", 5, None)), *(("pricing", c) for c in ("abc", "$1.2.3", "$", 5)),
     ("customization_options", ["red"]), ("customization_options", {"Color": ["red"]}),
     ("customization_options", {"Color": [{"text": "red"}]}), ("customization_options", {"Color": 3}),
-    ("small_description", [1]), ("small_description", 7), ("query", 1), ("product_category", None), ("asin", "-")])
+    ("small_description", [1]), ("small_description", 7), ("query", 1), ("product_category", None), ("asin", "-"),
+    ("small_description", "-"), ("customization_options", "-")])
 def test_a_malformed_field_is_named_with_its_product(field, change):
     bad = {k: v for k, v in ITEMS[1].items() if k != field} | ({} if change == "-" else {field: change})
     with pytest.raises(ValueError) as error:
@@ -1874,6 +1875,42 @@ def test_the_last_page_tells_product_options_and_score():
         "category", "product category", "query", "Goal", "None", "Reward", "Your score (min 0.0, max 1.0)", "1.0",
         "Reward Details", "None"])
     assert done.done and done.success and (done.score, done.reward, done.steps) == (1.0, 10.0, 5)
+
+
+def test_a_training_goal_that_reads_as_one_held_out_is_left_out():
+    """Two spellings of two colours: each goal is there four times, and the shuffle spreads them over the splits."""
+    values = [{"value": v} for v in ("Black/White", "black | white", "Red ", "red")]
+    sizes = [{"value": str(n)} for n in range(5)]
+    items = [ITEMS[0] | dict(asin=f"P{i}", customization_options={"Color": values, "Size": sizes}) for i in range(200)]
+    entry = dict(attributes=["soft"], instruction="find me a lamp", instruction_attributes=["soft"])
+    shop = shop_of(items, {item["asin"]: entry for item in items})
+    env = envs.WebShop(shop, "repeated")
+    read = {name: {(t.data.product.asin, t.goal) for t in env.tasks(name)} for name in ("train", "validation", "test")}
+    assert read["train"] and not read["train"] & (read["test"] | read["validation"])
+    assert [t.data for t in env.tasks("test")] == list(shop.goals[:500])
+    assert f"train {len(env.tasks('train'))}, " in env.notice
+    assert f"({4000 - 1500 - len(env.tasks('train'))} more read as one held out)" in env.notice
+
+
+def test_the_order_of_two_clicks_does_not_make_another_anchor():
+    market = visit(RED)
+    one, two = (walk(market, *TO_LAMP, *order) for order in (("click[large]", "click[red]"), ("click[red]", "click[large]")))
+    assert one.anchor == two.anchor != walk(market, *TO_LAMP, "click[small]", "click[red]").anchor
+
+
+@pytest.mark.parametrize("setting", [dict(split="foo"), dict(observation="html")])
+def test_an_unknown_setting_of_a_shop_is_named(setting, tmp_path):
+    value, = setting.values()
+    with pytest.raises(ValueError, match=value):
+        envs.make("webshop", compact=True, **setting)
+    for setting in (dict(size="huge"), dict(goals="mine")):
+        with pytest.raises(ValueError, match="huge|mine"):
+            envs.make("webshop", data=str(tmp_path), **setting)
+
+
+def test_mode_text_rich_keeps_the_blank_before_a_feature():
+    lines = walk(visit(RED, observation="text_rich"), *TO_LAMP, "click[features]").observation.split("\n")
+    assert [line for line in lines if line.startswith(" ")] == [f" {b}" for b in SHOP.products[LAMP].bullets]
 
 
 def test_mode_text_rich_marks_buttons_opened_products_and_chosen_options():
@@ -2161,11 +2198,12 @@ def test_every_small_catalogue_has_goals_for_all_splits():
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_to_buy_the_first_hit_earns_a_little_over_half_and_never_succeeds(seed):
+@pytest.mark.parametrize("words", [lambda task: task.data.product.query, lambda task: task.goal], ids=["article", "task"])
+def test_to_buy_the_first_hit_earns_a_little_over_half_and_never_succeeds(seed, words):
     env, ends = envs.WebShop(generated_shop(seed), "made up"), []
     for task in env.tasks("train"):
         shopper = env.open(task)
-        state = walk(shopper, f"search[{task.data.product.query}]")
+        state = walk(shopper, f"search[{words(task)}]")
         state = walk(shopper, state.admissible[2], state=state)         # after Back to Search and Next >
         for _, value in task.data.options:
             if f"click[{value}]" in state.admissible:
@@ -2704,6 +2742,30 @@ def test_an_environment_that_raises_loses_its_own_group_only(policy, small, at):
     assert failures == [f"{tasks[1].id}: OSError: disk on fire"]
 
 
+def test_a_state_with_more_actions_than_a_prompt_can_list_loses_its_own_group_only(policy, small):
+    """As a product with thousands of options would be. Where it is the first state, the settings are at fault."""
+    many = tuple(f"go to shelf {n}" for n in range(999))
+
+    class Wide(Faulty):
+        def open(self, task):
+            game = self.world.open(task)
+            play_on = game.step
+            game.step = lambda state, action: dataclasses.replace(
+                play_on(state, action), **dict(admissible=many) if self.breaks(task) else {})
+            if self.at == 0:
+                game.start = dataclasses.replace(game.start, admissible=many)
+            return game
+
+    tasks, failures = [small.tasks("train")[i] for i in range(3)], []
+    world = Wide(small, lambda task: task.id == tasks[1].id, 1)
+    torch.manual_seed(0)
+    groups = siri.rollout(policy, world, [(task, [None] * 2) for task in tasks], 1.0, failures)
+    assert [len(group) for group in groups] == [2, 0, 2] and len(failures) == 1
+    assert failures[0].startswith(f"{tasks[1].id}: UserError: --max-prompt {policy.cfg.max_prompt}: too short")
+    with pytest.raises(siri.UserError, match="--max-prompt.*too short"):
+        siri.rollout(policy, Wide(small, lambda task: True, 0), [(tasks[0], [None] * 2)], 1.0, failures)
+
+
 def test_more_than_a_twentieth_of_broken_groups_stops_the_run_with_the_cause(tmp_path, monkeypatch, capsys, small):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(siri, "make_environment", lambda cfg: Faulty(small, lambda task: task.split == "train", 1))
@@ -3193,7 +3255,12 @@ no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA 
     ("--env webshop --split valid_seen", "--split valid_seen: .*validation"), ("--webshop-goals all", "--webshop-goals all"),
     (SMALL + " --env webshop --webshop-data .", "--webshop-data.*--preset paper"),
     (SMALL + " --env webshop --observation text_rich", "--observation text_rich: .*--prompt-style full"),
-    (SMALL + " --env webshop --webshop-tagger xx_model", "xx_model.*not installed.*stop-list"),
+    (SMALL + " --env webshop --webshop-tagger xx_model", "xx_model.*not an installed.*stop-list"),
+    (SMALL + " --env webshop --webshop-tagger json", "json.*not an installed.*stop-list"),       # a module, but no model
+    (SMALL + " --env webshop --webshop-goals human", "--webshop-goals human: .*without --webshop-data"),
+    (SMALL + " --webshop-split release", "--webshop-split release: .*without --env webshop"),
+    (SMALL + " --env webshop --alfworld-data .", "--alfworld-data .: .*without --env alfworld"),
+    (SMALL + " --env webshop --no-compact --prompt-style full --webshop-data ~nosuchuser/x", "~nosuchuser/x/items.*read"),
     (SMALL + " --env webshop --no-compact --webshop-data nowhere", "nowhere/items_shuffle_1000.json: cannot be read"),
     (SMALL + " --group-size 3", "--group-size 3: .*use 4"), (SMALL + " --group-size 0", "--group-size 0"),
     (SMALL + " --group-size 1 --variant gigpo", "--group-size 1: .*at least 2"),
