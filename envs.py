@@ -1606,21 +1606,19 @@ class WebShop:
             raise ValueError(f"observation {observation!r} or split {split!r} is unknown; there are: text, text_rich; "
                              f"{', '.join(SHOP_SPLITS)}")
         self.shop, self.max_steps, self.observation = shop, max_steps, observation
-        same = lambda goal: (goal.product.asin, goal.text, goal.options)
-        held_out = {same(goal) for goal in shop.goals[:SHOP_SPLITS[split]["train"][0]]}
-        self.splits, repeated = {}, 0
+        asks = [(goal.product.asin, goal.text, goal.options) for goal in shop.goals]
+        start = SHOP_SPLITS[split]["train"][0]
+        held_out = set(asks[:start])
+        repeated = {i for i, ask in enumerate(asks[start:], start) if ask in held_out}
+        self.splits = {}
         for name, (first, last) in SHOP_SPLITS[split].items():
-            goals = list(enumerate(shop.goals))[first:last]
-            if name == "train":
-                goals = [(i, goal) for i, goal in goals if same(goal) not in held_out]
-                repeated = len(shop.goals[first:]) - len(goals)
             self.splits[name] = [Task(f"{name}/{i}-{goal.product.asin}", goal.product.category, goal.text, name, goal)
-                                 for i, goal in goals]
+                                 for i, goal in enumerate(shop.goals[first:last], first) if i not in repeated]
             if not self.splits[name]:
                 raise ValueError(f"{len(shop.goals)} goals are too few for the {split} split ({name} begins at goal "
                                  f"{first}); use --webshop-split release, --webshop-size full or --webshop-goals synthetic")
         counts = ", ".join(f"{name} {len(tasks)}" for name, tasks in self.splits.items())
-        counts += f" ({repeated} more read as one held out)" if repeated else ""
+        counts += f" ({len(repeated)} more read as one held out)" if repeated else ""
         nouns = "a stop-list, as no spaCy model is installed" if shop.tagger == "stop-list" else f"spaCy's {shop.tagger}"
         self.notice = f"WebShop: {what}, {len(shop.products)} products, goals: {counts}; title nouns by {nouns}."
 

@@ -187,7 +187,7 @@ TINY = dict(
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},                                                           # one 24 GB GPU
     "paper48": dict(groups=8, memory_gib=44.0, four_bit=False),            # one 48 GB GPU, bf16
-    "tiny": TINY,                                                          # a laptop, 10 minutes (WebShop: 17)
+    "tiny": TINY,                                                          # a laptop, 10 minutes
     "smoke": TINY | dict(groups=2, group_size=4, warmup_max=2, n_req=1, floor=0.0, mining_max=2, n_eval=1,
                          mine_wins=4, distill_max=2, distill_min=1, active_req=1, panel=8,
                          tau_up=-1.0, tau_down=-1.0),                      # the whole path in a minute, for tests
@@ -239,13 +239,12 @@ def resolve(overrides: dict[str, Any]) -> tuple[Config, str]:
             raise UserError(f"--{flag(f.name)} {str(value)[:20]}: must be a finite number below 2**53, not negative")
         if value == 0 and f.name not in zero_ok:
             raise UserError(f"--{flag(f.name)} 0: must be positive")
-    unset = Config()
-    for f, wanted, needed in ([(f.name, cfg.env == "webshop", "--env webshop") for f in dataclasses.fields(cfg)
-                               if f.name.startswith("webshop") or f.name == "observation"]
-                              + [(f, bool(cfg.webshop_data), "--webshop-data") for f in ("webshop_size", "webshop_goals")]
-                              + [("alfworld_data", cfg.env == "alfworld", "--env alfworld")]):
-        if getattr(cfg, f) != getattr(unset, f) and not wanted:
-            raise UserError(f"--{flag(f)} {getattr(cfg, f)}: has no effect without {needed}; leave it out, or add that")
+    for names, needed, there in (("alfworld_data", "--env alfworld", cfg.env == "alfworld"),
+                                 ("webshop_data webshop_split webshop_tagger observation", "--env webshop", cfg.env == "webshop"),
+                                 ("webshop_size webshop_goals", "--webshop-data", cfg.webshop_data)):
+        for f in names.split():
+            if not there and getattr(cfg, f) != getattr(Config, f):
+                raise UserError(f"--{flag(f)} {getattr(cfg, f)}: has no effect without {needed}; add that, or leave it out")
     if cfg.variant != "gigpo" and cfg.group_size % 2:
         raise UserError(f"--group-size {cfg.group_size}: paired rollouts need an even group; use {cfg.group_size + 1}, "
                         "or --variant gigpo")
@@ -1538,9 +1537,9 @@ def load_config(folder: Path, changes: dict[str, Any]) -> Config:
     wrong = [f"{name} {value!r}"[:60] for name, value in saved.items() if type(value).__name__ not in kinds.get(name, ())]
     if wrong:
         raise UserError(f"{path}: unknown or malformed settings {', '.join(wrong)}; is it of another version?")
-    if saved.get("webshop_split") != changes.get("webshop_split", saved.get("webshop_split")):
-        raise UserError(f"--webshop-split {changes['webshop_split']}: the run in {folder} was trained with "
-                        f"{saved.get('webshop_split')}, and the other split may hold goals out that it has seen; leave it out")
+    if changes.get("webshop_split", saved.get("webshop_split")) != saved.get("webshop_split"):
+        raise UserError(f"--webshop-split {changes['webshop_split']}: {folder} was trained with {saved.get('webshop_split')}, "
+                        "and may have seen goals that the other split holds out; leave it out")
     try:
         return resolve({**saved, **changes})[0]
     except UserError as e:

@@ -3281,6 +3281,16 @@ def test_bad_flags_get_one_line_that_names_the_culprit(tmp_path, monkeypatch, ca
     assert re.search(says, refusal(capsys, *args.split()))            # nothing was left that is in the way
 
 
+def test_a_run_keeps_its_split(tmp_path):
+    """Goals 500-1499 are held out by one split and trained on by the other."""
+    saved = siri.resolve(dict(env="webshop", preset="smoke", webshop_split="release"))[0]
+    siri.write_json(tmp_path / "config.json", dataclasses.asdict(saved))
+    assert siri.load_config(tmp_path, dict(webshop_split="release", split="validation")) == dataclasses.replace(
+        saved, split="validation")
+    with pytest.raises(siri.UserError, match="--webshop-split original: .*release.*leave it out"):
+        siri.load_config(tmp_path, dict(webshop_split="original"))
+
+
 def test_a_refusal_on_the_command_line_has_no_traceback_and_exit_code_2(tmp_path):
     process = start(tmp_path, "--grup-size", "4")
     assert process.wait() == 2 and (tmp_path / "out.txt").read_text() == ""
