@@ -1225,7 +1225,7 @@ class Score(NamedTuple):
 def find_tagger() -> str:
     """The English spaCy model that is installed, or "stop-list". No model comes with this program."""
     names = ("en_core_web_lg", "en_core_web_md", "en_core_web_sm")      # the original has lg, the GiGPO release sm
-    return next((name for name in names if find_spec("spacy") and find_spec(name)), "stop-list")
+    return next(filter(find_spec, names if find_spec("spacy") else ()), "stop-list")
 
 
 @lru_cache(maxsize=1)
@@ -1294,10 +1294,11 @@ class Shop:
         is left out."""
         self.tagger = find_tagger() if tagger == "auto" else tagger
         try:
-            title_nouns("A red lamp", self.tagger)
+            if "lamp" not in title_nouns("A red lamp", self.tagger):
+                raise ValueError("it finds no nouns")
         except Exception as error:              # a name that is no model may be any module
-            raise ValueError(f"{self.tagger!r} is not an installed spaCy model ({error}); give --webshop-tagger stop-list "
-                             "or the name of one") from error
+            raise ValueError(f"{self.tagger!r} is not an installed spaCy model that tags nouns ({error}); give the name of one, "
+                             "or --webshop-tagger stop-list") from error
         rng = random.Random(SHOP_SEED)
         self.products: dict[str, Product] = {}
         for n, item in enumerate(items):
@@ -1606,16 +1607,16 @@ class WebShop:
             raise ValueError(f"observation {observation!r} or split {split!r} is unknown; there are: text, text_rich; "
                              f"{', '.join(SHOP_SPLITS)}")
         self.shop, self.max_steps, self.observation = shop, max_steps, observation
-        asks = [(goal.product.asin, goal.text, goal.options) for goal in shop.goals]
         start = SHOP_SPLITS[split]["train"][0]
-        held_out = set(asks[:start])
-        repeated = {i for i, ask in enumerate(asks[start:], start) if ask in held_out}
+        held_out = {goal.text for goal in shop.goals[:start]}
+        repeated = {i for i, goal in enumerate(shop.goals[start:], start) if goal.text in held_out}
         self.splits = {}
         for name, (first, last) in SHOP_SPLITS[split].items():
             self.splits[name] = [Task(f"{name}/{i}-{goal.product.asin}", goal.product.category, goal.text, name, goal)
                                  for i, goal in enumerate(shop.goals[first:last], first) if i not in repeated]
             if not self.splits[name]:
-                raise ValueError(f"{len(shop.goals)} goals are too few for the {split} split ({name} begins at goal "
+                repeats = f", {len(repeated)} of them left out as they repeat others," if repeated else ""
+                raise ValueError(f"{len(shop.goals)} goals{repeats} are too few for the {split} split ({name} begins at goal "
                                  f"{first}); use --webshop-split release, --webshop-size full or --webshop-goals synthetic")
         counts = ", ".join(f"{name} {len(tasks)}" for name, tasks in self.splits.items())
         counts += f" ({len(repeated)} more read as one held out)" if repeated else ""

@@ -20,6 +20,7 @@ import fcntl
 import hashlib
 import inspect
 import json
+import logging
 import math
 import os
 import re
@@ -204,9 +205,11 @@ WEBSHOP = {"paper": SHOP, "paper48": SHOP, "smoke": TINY_SHOP,
 SPLITS = {"alfworld": ("train", "valid_seen", "valid_unseen"), "webshop": ("train", "validation", "test")}
 
 
-def resolve(overrides: dict[str, Any]) -> tuple[Config, str]:
-    """Preset, then the user's own settings, then checks. Returns the config and why this preset. UserError if bad."""
+def resolve(overrides: dict[str, Any], saved: dict[str, Any] = {}) -> tuple[Config, str]:
+    """Preset, then the settings that a run was saved with, then the user's own, then checks. Returns the config and why
+    this preset. UserError if bad."""
     cuda = torch.cuda.is_available()
+    given, overrides = overrides, {**saved, **overrides}
     preset = overrides.get("preset", "auto")
     reason = "chosen by --preset"
     if preset == "auto":
@@ -243,7 +246,7 @@ def resolve(overrides: dict[str, Any]) -> tuple[Config, str]:
                                  ("webshop_data webshop_split webshop_tagger observation", "--env webshop", cfg.env == "webshop"),
                                  ("webshop_size webshop_goals", "--webshop-data", cfg.webshop_data)):
         for f in names.split():
-            if not there and getattr(cfg, f) != getattr(Config, f):
+            if not there and f in given and given[f] != getattr(Config, f):
                 raise UserError(f"--{flag(f)} {getattr(cfg, f)}: has no effect without {needed}; add that, or leave it out")
     if cfg.variant != "gigpo" and cfg.group_size % 2:
         raise UserError(f"--group-size {cfg.group_size}: paired rollouts need an even group; use {cfg.group_size + 1}, "
@@ -288,8 +291,10 @@ class Policy:
         from peft import LoraConfig, PeftModel, get_peft_model
         from safetensors import SafetensorError
         from transformers import (AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig,
-                                  PreTrainedTokenizerFast, logging)
-        logging.disable_progress_bar()
+                                  PreTrainedTokenizerFast)
+        from transformers.utils.logging import disable_progress_bar
+        disable_progress_bar()
+        logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)          # 4 bits need CUDA here
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")      # peft's to mend
         self.cfg = cfg
         self.device = "cuda" if torch.cuda.is_available() and not cfg.compact else "cpu"
@@ -601,8 +606,12 @@ def rollout(policy: Policy, env: envs.Environment, plan: Sequence[tuple[envs.Tas
             seen = turns + [envs.Turn(state.observation, action)]
             try:
                 after = games[g].step(state, action)
-                following = [] if after.done else prompt(e, after, seen)
             except Exception as error:
+                fail(g, error)
+                continue
+            try:
+                following = [] if after.done else prompt(e, after, seen)
+            except UserError as error:
                 fail(g, error)
                 continue
             plain = fit_prompt(policy, e.task, state, turns, None) if e.skill else None
@@ -907,10 +916,10 @@ class Run:
         p.groups += n_groups
         p.failed_groups += len(failures)
         for cause in failures:
-            tqdm.write(f"environment failed, its group is dropped: {cause}")
+            tqdm.write(f"a group is lost: {cause}")
         if p.failed_groups > 0.05 * max(p.groups, 40):
-            raise UserError(f"{p.failed_groups} of {p.groups} groups were lost to environment failures (limit 5%); the last: "
-                            f"{failures[-1]}; mend the environment or its data, then --resume {self.folder}")
+            raise UserError(f"{p.failed_groups} of {p.groups} groups were lost (limit 5%); the last: "
+                            f"{failures[-1]}; mend the environment or its data, or raise --max-prompt, then --resume {self.folder}")
 
     def score(self, group: list[Episode]) -> None:
         """G1-G6 for one group; both halves of a pair share it, so an anchor compares guided with plain actions. Sets
@@ -1130,8 +1139,8 @@ def evaluate(policy: Policy, env: envs.Environment, panel: Sequence[envs.Task], 
     """Play every game of the panel once. Without a bank, the plain prompt and nothing else; the bank is for the ablation.
 
     The same games and the same seed whatever the checkpoint, and the state of training is left as it was. Returns an
-    entry of results.json: rates with n and their 95% Wilson interval, seconds; a game whose environment failed counts
-    as not solved. UserError as `rollout`.
+    entry of results.json: rates with n and their 95% Wilson interval, seconds; a game that was lost (`rollout`) counts
+    as not solved. UserError as `rollout`, and if all were lost.
     """
     torch.manual_seed(stable_seed(0, "evaluate"))
     failures: list[str] = []
@@ -1143,7 +1152,10 @@ def evaluate(policy: Policy, env: envs.Environment, panel: Sequence[envs.Task], 
         groups = rollout(policy, env, plan, cfg.eval_temperature, failures)
         episodes += [g[0] if g else Episode(t, None) for g, t in zip(groups, tasks)]
     for cause in failures:
-        tqdm.write(f"environment failed, counted as not solved: {cause}")
+        tqdm.write(f"a game is lost, counted as not solved: {cause}")
+    if len(failures) == len(panel):
+        raise UserError(f"every game of the panel was lost; the last: {failures[-1]}; mend the environment or its data, or "
+                        "raise --max-prompt")
 
     def summary(part: list[Episode]) -> dict[str, Any]:
         wins, n = sum(e.success for e in part), len(part)
@@ -1537,11 +1549,13 @@ def load_config(folder: Path, changes: dict[str, Any]) -> Config:
     wrong = [f"{name} {value!r}"[:60] for name, value in saved.items() if type(value).__name__ not in kinds.get(name, ())]
     if wrong:
         raise UserError(f"{path}: unknown or malformed settings {', '.join(wrong)}; is it of another version?")
-    if changes.get("webshop_split", saved.get("webshop_split")) != saved.get("webshop_split"):
-        raise UserError(f"--webshop-split {changes['webshop_split']}: {folder} was trained with {saved.get('webshop_split')}, "
-                        "and may have seen goals that the other split holds out; leave it out")
+    for f in ("webshop_split", "webshop_size", "webshop_goals") if saved.get("env") == "webshop" else ():
+        old = saved.get(f, getattr(Config, f))
+        if changes.get(f, old) != old:
+            raise UserError(f"--{flag(f)} {changes[f]}: {folder} was trained with {old}, and may have seen goals that would be "
+                            "held out; leave it out")
     try:
-        return resolve({**saved, **changes})[0]
+        return resolve(changes, saved)[0]
     except UserError as e:
         raise UserError(f"{e} (with the settings in {path})") from e
 
@@ -1630,8 +1644,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"siri: {' '.join(str(e).split())}", file=sys.stderr)         # one line, whatever it quotes
         return 2
     except Stopped as e:
-        for which in SIGNALS:                           # all is saved: nothing is left to stop
-            signal.signal(which, signal.SIG_IGN)
         print(f"siri: {e}", file=sys.stderr)
         return 130
     except KeyboardInterrupt:
@@ -1641,8 +1653,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         if held:
             held.close()                            # another call in this process may want the folder
-        for which, handler in before.items():
-            signal.signal(which, handler)
+        for which, handler in before.items():           # a process that ends has nothing left to stop
+            signal.signal(which, signal.SIG_IGN if argv is None else handler)
 
 
 if __name__ == "__main__":

@@ -1882,14 +1882,17 @@ def test_a_training_goal_that_reads_as_one_held_out_is_left_out():
     values = [{"value": v} for v in ("Black/White", "black | white", "Red ", "red")]
     sizes = [{"value": str(n)} for n in range(5)]
     items = [ITEMS[0] | dict(asin=f"P{i}", customization_options={"Color": values, "Size": sizes}) for i in range(200)]
-    entry = dict(attributes=["soft"], instruction="find me a lamp", instruction_attributes=["soft"])
-    shop = shop_of(items, {item["asin"]: entry for item in items})
+    entry = dict(attributes=["soft"], instruction_attributes=["soft"])
+    shop = shop_of(items, {item["asin"]: entry | dict(instruction=f"find me {item['asin']}") for item in items})
     env = envs.WebShop(shop, "repeated")
-    read = {name: {(t.data.product.asin, t.goal) for t in env.tasks(name)} for name in ("train", "validation", "test")}
+    read = {name: {t.goal for t in env.tasks(name)} for name in ("train", "validation", "test")}
     assert read["train"] and not read["train"] & (read["test"] | read["validation"])
     assert [t.data for t in env.tasks("test")] == list(shop.goals[:500])
     assert f"train {len(env.tasks('train'))}, " in env.notice
     assert f"({4000 - 1500 - len(env.tasks('train'))} more read as one held out)" in env.notice
+    alike = shop_of(items, {item["asin"]: entry | dict(instruction="find me a lamp") for item in items})
+    with pytest.raises(ValueError, match="4000 goals, 2500 of them left out.*train"):
+        envs.WebShop(alike, "all alike")
 
 
 def test_the_order_of_two_clicks_does_not_make_another_anchor():
@@ -1898,14 +1901,18 @@ def test_the_order_of_two_clicks_does_not_make_another_anchor():
     assert one.anchor == two.anchor != walk(market, *TO_LAMP, "click[small]", "click[red]").anchor
 
 
-@pytest.mark.parametrize("setting", [dict(split="foo"), dict(observation="html")])
-def test_an_unknown_setting_of_a_shop_is_named(setting, tmp_path):
-    value, = setting.values()
-    with pytest.raises(ValueError, match=value):
-        envs.make("webshop", compact=True, **setting)
-    for setting in (dict(size="huge"), dict(goals="mine")):
-        with pytest.raises(ValueError, match="huge|mine"):
-            envs.make("webshop", data=str(tmp_path), **setting)
+@pytest.mark.parametrize("name", ["split", "observation", "size", "goals"])
+def test_an_unknown_setting_of_a_shop_is_named(name, tmp_path):
+    data = write_shop(tmp_path) if name in ("size", "goals") else ""
+    with pytest.raises(ValueError, match="'nonsense'.*unknown"):
+        envs.make("webshop", data=str(data), compact=not data, **{name: "nonsense"})
+
+
+def test_a_spacy_model_that_tags_no_nouns_is_refused(tmp_path):
+    spacy = pytest.importorskip("spacy")
+    spacy.blank("en").to_disk(tmp_path / "blank")
+    with pytest.raises(ValueError, match="blank.*tags nouns"):
+        envs.Shop(ITEMS, INSTRUCTIONS, tagger=str(tmp_path / "blank"))
 
 
 def test_mode_text_rich_keeps_the_blank_before_a_feature():
@@ -2766,12 +2773,18 @@ def test_a_state_with_more_actions_than_a_prompt_can_list_loses_its_own_group_on
         siri.rollout(policy, Wide(small, lambda task: True, 0), [(tasks[0], [None] * 2)], 1.0, failures)
 
 
+def test_an_evaluation_that_lost_every_game_is_no_result(policy, small):
+    world, panel = Faulty(small, lambda task: True, 1), [small.tasks("train")[i] for i in range(2)]
+    with pytest.raises(siri.UserError, match="every game.*disk on fire"):
+        siri.evaluate(policy, world, panel, policy.cfg, "x")
+
+
 def test_more_than_a_twentieth_of_broken_groups_stops_the_run_with_the_cause(tmp_path, monkeypatch, capsys, small):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(siri, "make_environment", lambda cfg: Faulty(small, lambda task: task.split == "train", 1))
     assert siri.main(f"{SMALL} --panel 1 --warmup-max 9".split()) == 2
     out, err = capsys.readouterr()
-    assert "disk on fire" in out and "its group is dropped" in out
+    assert "a group is lost: " in out and "disk on fire" in out
     assert re.fullmatch(r"siri: .*limit 5%.*disk on fire.*--resume runs/x", err.splitlines()[-1])
 
 
@@ -3287,8 +3300,17 @@ def test_a_run_keeps_its_split(tmp_path):
     siri.write_json(tmp_path / "config.json", dataclasses.asdict(saved))
     assert siri.load_config(tmp_path, dict(webshop_split="release", split="validation")) == dataclasses.replace(
         saved, split="validation")
-    with pytest.raises(siri.UserError, match="--webshop-split original: .*release.*leave it out"):
-        siri.load_config(tmp_path, dict(webshop_split="original"))
+    for change in (dict(webshop_split="original"), dict(webshop_size="full"), dict(webshop_goals="human")):
+        (name, value), = change.items()
+        with pytest.raises(siri.UserError, match=f"--{siri.flag(name)} {value}: .*trained with.*leave it out"):
+            siri.load_config(tmp_path, change)
+
+
+def test_what_a_run_was_saved_with_is_no_reason_to_refuse_it(tmp_path):
+    """Settings without effect are refused where they are given."""
+    saved = dataclasses.replace(siri.resolve(dict(env="webshop", preset="smoke"))[0], webshop_size="full")
+    siri.write_json(tmp_path / "config.json", dataclasses.asdict(saved))
+    assert siri.load_config(tmp_path, {}) == saved
 
 
 def test_a_refusal_on_the_command_line_has_no_traceback_and_exit_code_2(tmp_path):
@@ -3519,6 +3541,8 @@ def test_a_signal_lets_the_iteration_end_and_a_second_one_does_not(tmp_path):
     process = start(tmp_path, *args)
     wait_for(lambda: len(metrics(tmp_path)) >= 2, process)
     process.send_signal(signal.SIGTERM)
+    wait_for(lambda: "siri: stopped" in (tmp_path / "err.txt").read_text(), process)
+    process.send_signal(signal.SIGTERM)                     # while the interpreter ends: nothing is left to stop
     assert process.wait() == 130
     done = len(metrics(tmp_path))
     last = (tmp_path / "err.txt").read_text().splitlines()[-1]
@@ -3530,7 +3554,7 @@ def test_a_signal_lets_the_iteration_end_and_a_second_one_does_not(tmp_path):
     wait_for(lambda: "stopping after this iteration" in (tmp_path / "err.txt").read_text(), process)
     process.send_signal(signal.SIGINT)
     assert process.wait() == 130
-    assert re.search("siri: stopped .*--resume runs/x", (tmp_path / "err.txt").read_text().splitlines()[-1])
+    assert re.search("siri: stopped at once.*--resume runs/x", (tmp_path / "err.txt").read_text().splitlines()[-1])
     assert siri.damage(siri.checkpoints(tmp_path / "runs/x")[0]) == ""
 
 
@@ -3830,8 +3854,8 @@ def test_any_game_file_works_or_is_named(parked_run, household_folder, data):
     sound = json.loads((next((folder / "json_2.1.1/valid_seen").glob("**/game.tw-pddl"))).read_text())
     write_damaged(file, data.draw(damaged_game(sound)))
     done = call("--eval", fresh(parked_run / "template", parked_run / "x"), "--no-compact", "--alfworld-data", folder, "--split", "train")
-    works_or_says_why(done, str(file), f"no ALFWorld games in {file.parents[2]}")
-    lost = [line for line in done.out.splitlines() if "environment failed" in line]
+    works_or_says_why(done, str(file), f"no ALFWorld games in {file.parents[2]}", f"{file.parent.name} is not a sound ALFWorld game")
+    lost = [line for line in done.out.splitlines() if "is lost" in line]
     assert all(re.search(r"train/\S+ is not a sound ALFWorld game", line) for line in lost), lost
 
 
@@ -3841,10 +3865,12 @@ def test_any_shop_file_works_or_is_named(parked_shopper, data, name):
     folder = write_shop(parked_shopper)
     sound = json.loads((folder / f"{name}.json").read_text())
     write_damaged(folder / f"{name}.json", data.draw(damaged_json(sound)))
+    config = fresh(folder / "template", folder / "x") / "config.json"
     goals = "human" if name == "items_human_ins" else "synthetic"
-    done = call("--eval", fresh(folder / "template", folder / "x"), "--webshop-data", folder, "--webshop-goals", goals)
+    siri.write_json(config, json.loads(config.read_text()) | dict(webshop_goals=goals))
+    done = call("--eval", folder / "x", "--webshop-data", folder)
     works_or_says_why(done, name.removesuffix("_1000"), "goals are too few")
-    assert "environment failed" not in done.out, done.out
+    assert "is lost" not in done.out, done.out
 
 
 @pytest.fixture(scope="class")                  # made anew for every test: no other may meet the parrot
