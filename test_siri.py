@@ -3548,8 +3548,9 @@ def test_a_signal_lets_the_iteration_end_and_a_second_one_does_not(tmp_path):
     last = (tmp_path / "err.txt").read_text().splitlines()[-1]
     assert last == f"siri: stopped before iteration {done}; go on with: python siri.py --resume runs/x"
     assert siri.latest_checkpoint(tmp_path / "runs/x").name == f"{done:05d}-0" and 2 <= done < 50
-    process = start(tmp_path, "--resume", "runs/x", "--groups", "8")       # the second signal must find an iteration running
-    wait_for(lambda: len(metrics(tmp_path)) >= done + 1, process)
+    process = start(tmp_path, "--resume", "runs/x", "--groups", "16")      # both signals must find one iteration running
+    wait_for(lambda: siri.checkpoints(tmp_path / "runs/x")[0].name > f"{done:05d}-0", process)
+    time.sleep(0.3)
     process.send_signal(signal.SIGINT)
     wait_for(lambda: "stopping after this iteration" in (tmp_path / "err.txt").read_text(), process)
     process.send_signal(signal.SIGINT)
