@@ -288,13 +288,13 @@ class Policy:
     def __init__(self, cfg: Config, adapter: Path | None = None):
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")    # batches of any length: no holes
+        logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)          # 4 bits need CUDA here
         from peft import LoraConfig, PeftModel, get_peft_model
         from safetensors import SafetensorError
         from transformers import (AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig,
                                   PreTrainedTokenizerFast)
         from transformers.utils.logging import disable_progress_bar
         disable_progress_bar()
-        logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)          # 4 bits need CUDA here
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")      # peft's to mend
         self.cfg = cfg
         self.device = "cuda" if torch.cuda.is_available() and not cfg.compact else "cpu"
