@@ -288,7 +288,7 @@ class Policy:
     def __init__(self, cfg: Config, adapter: Path | None = None):
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")    # batches of any length: no holes
-        logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)          # 4 bits need CUDA here
+        logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)     # on kernels for 4 bits without CUDA
         from peft import LoraConfig, PeftModel, get_peft_model
         from safetensors import SafetensorError
         from transformers import (AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig,
