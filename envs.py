@@ -21,14 +21,11 @@ import math
 import os
 import random
 import re
-import subprocess
 import sys
 import zlib
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future
-from contextlib import suppress
 from dataclasses import dataclass, field
 from decimal import Decimal
 from functools import cache, lru_cache
@@ -36,8 +33,6 @@ from importlib.resources import files
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
-from queue import SimpleQueue
-from threading import Thread
 from types import SimpleNamespace
 from typing import Any, Iterator, Mapping, NamedTuple, Protocol, Sequence
 
@@ -45,6 +40,11 @@ import numpy as np
 import regex
 
 # ---- 1. The protocol ---------------------------------------------------------------------------------------
+
+# [R] What success pays in both benchmarks; all else pays 0, invalid actions too (their cost is c of G6, see `siri.Config`).
+# With `norm="std"` another figure changes nothing but the returns that are logged; with "mean" advantages grow with it, and
+# whatever is measured in advantages grows along (`siri.advantage_unit`).
+SUCCESS_REWARD = 10.0
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Task:
 class State:
     """What a rollout is in after `steps` actions. Immutable; `engine` belongs to the environment.
 
-    Both benchmarks give a reward of 10 for the action that succeeds and 0 for any other, as the GiGPO release does.
+    Both benchmarks give SUCCESS_REWARD for the action that succeeds and 0 for any other, as the GiGPO release does.
     """
     observation: str                # text shown to the policy
     admissible: tuple[str, ...]     # commands that the environment accepts now
@@ -88,16 +88,15 @@ class Game(Protocol):
 class Environment(Protocol):
     """A benchmark: tasks by split, and games to play them in. An episode ends after `max_steps` actions.
 
-    `open` and `step` may raise anything: the group is then dropped, or in an evaluation counted as not solved. `prepare`
-    must not raise.
+    `open` and `step` may raise anything: the group is then dropped, or in an evaluation counted as not solved.
     """
     name: str
     scored: bool                    # whether a task has a score besides success
+    success_reward: float           # what the action that succeeds pays: the scale of all returns
     max_steps: int
     notice: str                     # the first line of output: which data this is
 
     def tasks(self, split: str) -> Sequence[Task]: ...
-    def prepare(self, tasks: Sequence[Task]) -> None: ...       # they will be opened soon; most have nothing to do
     def open(self, task: Task) -> Game: ...
 
 
@@ -287,15 +286,17 @@ def _expression(text: str) -> Any:
 
 
 class _World(NamedTuple):
-    """A translated game: Fast Downward's input, and what the text needs to know about it. JSON can hold it."""
-    sas: str                                        # compressed, in hex: a full game's is near a megabyte, and many are kept
-    facts: dict[str, list[Sequence[str]]]           # predicate -> rows of arguments
+    """A translated game: Fast Downward's input, and what the text needs to know about it."""
+    sas: bytes                                      # compressed: a full game's is near a megabyte, and many are kept
+    facts: dict[str, list[tuple[str, ...]]]         # predicate -> rows of arguments
     types: dict[str, str]                           # object -> type
     supertypes: dict[str, list[str]]                # type -> itself and its supertypes
-    parameters: dict[str, list[Sequence[str]]]      # action -> (variable, type)
+    parameters: dict[str, list[tuple[str, str]]]    # action -> (variable, type)
 
 
+@lru_cache(maxsize=256)
 def _translate(domain: str, problem: str) -> _World:
+    """The translated game; the dearest part of opening one, so the last are kept. ValueError if it can't be translated."""
     if "\0" in domain + problem:                   # for the library its input would end there, and it would end the process
         raise ValueError("its PDDL holds a zero byte")
     tw, argv, out = _textworld(), sys.argv, sys.stdout
@@ -310,79 +311,10 @@ def _translate(domain: str, problem: str) -> _World:
     for atom in task.init:
         if isinstance(atom, tw.Atom) and atom.predicate != "=":
             facts[atom.predicate].append(atom.args)
-    return _World(zlib.compress(sas.encode(), 1).hex(), {name: sorted(rows) for name, rows in facts.items()},
+    return _World(zlib.compress(sas.encode(), 1), {name: sorted(rows) for name, rows in facts.items()},
                   {o.name: o.type_name for o in task.objects},
                   {t.name: [t.name, *t.supertype_names] for t in task.types},
                   {a.name: [(p.name.strip("?"), p.type_name) for p in a.parameters] for a in task.actions})
-
-
-class Translator:
-    """Fast Downward's translation, the dearest part of opening a game, done ahead of time by a second process.
-
-    What was announced is translated there, in order, while this process generates and learns; the rest is done here.
-    The second process ends with this one, when its input closes.
-    """
-
-    def __init__(self) -> None:
-        self.known: dict[tuple[str, str], _World] = {}          # the last 256
-        self.announced: dict[tuple[str, str], Future] = {}
-        self.process: subprocess.Popen | None = None
-        self.numbers = itertools.count()
-
-    def announce(self, domain: str, problem: str) -> None:
-        """Begin to translate a game that will be needed soon. OSError if no second process can be started."""
-        key = domain, problem
-        if key in self.known or key in self.announced:
-            return
-        try:
-            if self.process is None:                            # in a session of its own, where Ctrl-C doesn't reach it
-                self.process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, text=True,
-                                                stdout=subprocess.PIPE, start_new_session=True)
-                self.waiting: dict[int, Future] = {}
-                Thread(target=_listen, args=(self.process.stdout, self.waiting), daemon=True).start()
-            number, future = next(self.numbers), Future()
-            self.waiting[number] = future
-            print(json.dumps([number, *key]), file=self.process.stdin, flush=True)
-            self.announced[key] = future
-        except BaseException as error:                          # half a line may be on its way: this process is done with
-            self.process, self.announced = None, {}
-            if not isinstance(error, BrokenPipeError):          # somebody has killed it, and the game is translated here
-                raise
-
-    def world(self, domain: str, problem: str) -> _World:
-        """The translated game. ValueError if it can't be translated."""
-        key = domain, problem
-        if key not in self.known:
-            future = self.announced.pop(key, None)              # its result is None if that process could not, or is gone
-            self.known[key] = _World(*(future and future.result() or _translate(*key)))
-            if len(self.known) > 256:
-                del self.known[next(iter(self.known))]
-        return self.known[key]
-
-    def serve(self) -> None:
-        """The second process: a line of JSON for each game, in and out; null for one that can't be translated."""
-        lines: SimpleQueue = SimpleQueue()
-        Thread(target=lambda: [lines.put(line) for line in chain(sys.stdin, [None])], daemon=True).start()
-        with suppress(BrokenPipeError):                         # the first process has ended
-            for line in iter(lines.get, None):
-                number, *game = json.loads(line)
-                world = None
-                with suppress(Exception):                       # whatever it is, the first process will meet and report it
-                    world = _translate(*game)
-                print(json.dumps([number, world]), flush=True)
-
-
-def _listen(answers: Iterable[str], waiting: dict[int, Future]) -> None:
-    """Hand out the second process's answers as they come: a full pipe would hold it up."""
-    for line in answers:
-        if line.endswith("\n"):                                 # else it was killed while it wrote
-            number, world = json.loads(line)
-            waiting.pop(number).set_result(world)
-    for future in list(waiting.values()):
-        future.set_result(None)
-
-
-translator = Translator()                                   # one for all worlds of the process
 
 
 def _literal(name: str) -> tuple[str, tuple[str, ...]]:
@@ -413,9 +345,9 @@ class AlfEngine:
         Raises KeyError for a part that is missing, ValueError for PDDL that Fast Downward rejects or a grammar that
         lacks a rule or evaluates more than names and text, and what TextWorld's parsers raise.
         """
-        self.world = translator.world(data["pddl_domain"], data["pddl_problem"])
+        self.world = _translate(data["pddl_domain"], data["pddl_problem"])
         self.logic, goal = _grammar(data["grammar"])
-        self.lib.load_sas(zlib.decompress(bytes.fromhex(self.world.sas)))
+        self.lib.load_sas(zlib.decompress(self.world.sas))
         facts = defaultdict(set, {name: set(map(tuple, rows)) for name, rows in self.world.facts.items()})
         atoms = (self.fd.Atom * self.lib.get_state_size())()
         self.lib.get_state(atoms)
@@ -423,7 +355,7 @@ class AlfEngine:
             if not predicate.startswith("not_"):
                 facts[predicate].add(arguments)
         used = {a for rows in facts.values() for row in rows for a in row}
-        self.parameters = {action: [*map(tuple, rows)] for action, rows in self.world.parameters.items()}
+        self.parameters = self.world.parameters
         self.entities = {name: _textworld().EntityInfo(name, self.world.types[name]) for name in used}
         demangler = _textworld().Demangler(game_infos=self.entities)
         for info in self.entities.values():
@@ -564,7 +496,7 @@ class AlfGame:
             raise ValueError(f"{self.task.id}: the episode ended after {state.steps} steps; step another state")
         node, text = self.engine.step(state.engine, action)
         steps = state.steps + 1
-        return self._state(node, text, reward=10.0 if node.won else 0.0, done=node.won or steps >= self.env.max_steps,
+        return self._state(node, text, reward=SUCCESS_REWARD if node.won else 0.0, done=node.won or steps >= self.env.max_steps,
                            success=node.won, steps=steps, valid=action.strip() in state.engine.commands,
                            score=float(node.won))
 
@@ -596,7 +528,7 @@ def _textworld_memory() -> dict:
 class AlfWorld:
     """Tasks by split, played on TextWorld. `AlfWorld.official(folder)` has the benchmark's games, `.generated(seed)`
     new ones on the official floor plans, `.household(seed)` small ones in a home with habits."""
-    name, scored = "alfworld", False
+    name, scored, success_reward = "alfworld", False, SUCCESS_REWARD
     engines: list[AlfEngine] = []                   # free ones, of all worlds of the process: none can ever be unloaded
 
     def __init__(self, notice: str, tasks: Mapping[str, Sequence[Task]], max_steps: int) -> None:
@@ -649,13 +581,6 @@ class AlfWorld:
     def tasks(self, split: str) -> Sequence[Task]:
         """The tasks of "train", "valid_seen" or "valid_unseen"; another split raises KeyError."""
         return self.splits[split]
-
-    def prepare(self, tasks: Sequence[Task]) -> None:
-        """Have the games of these tasks translated by a second process, so that `open` need not wait for it."""
-        for task in tasks:
-            with suppress(Exception):                   # whatever is wrong with a file, `open` will say it
-                data = self._data(task)
-                translator.announce(data["pddl_domain"], data["pddl_problem"])
 
     def _data(self, task: Task) -> Mapping[str, Any]:
         return pddl_game(task.data) if isinstance(task.data, Scene) else json.loads(task.data.read_text("utf-8"))
@@ -1578,7 +1503,7 @@ class ShopGame:
         offered = [t.lower() for kinds in (("button",), ("product",), ("option",)) for t, kind in nodes if kind in kinds]
         actions = ["search[<your query>]"] * (page.kind == "search") + [f"click[{t}]" for t in dict.fromkeys(offered)]
         score = page.score.total if page.score else 0.0
-        return State(text, tuple(actions), anchor=f"{text}\n{sorted(page.chosen)}", reward=10.0 if score == 1 else 0.0,
+        return State(text, tuple(actions), anchor=f"{text}\n{sorted(page.chosen)}", reward=SUCCESS_REWARD if score == 1 else 0.0,
                      done=page.kind == "done" or steps >= self.env.max_steps, success=score == 1, steps=steps, valid=valid,
                      score=score, engine=page)
 
@@ -1599,7 +1524,7 @@ class WebShop:
     goal that reads as one held out for test or validation is left out, and the notice counts them. Raises ValueError for
     another `observation` or `split`, and if the shop has too few goals for the split.
     """
-    name, scored = "webshop", True
+    name, scored, success_reward = "webshop", True, SUCCESS_REWARD
 
     def __init__(self, shop: Shop, what: str, *, max_steps: int = 15, observation: str = "text",
                  split: str = "original") -> None:
@@ -1626,9 +1551,6 @@ class WebShop:
     def tasks(self, split: str) -> Sequence[Task]:
         """The tasks of "train", "validation" or "test"; another split raises KeyError."""
         return self.splits[split]
-
-    def prepare(self, tasks: Sequence[Task]) -> None:
-        """Nothing is to be done ahead: opening a game is quick."""
 
     def open(self, task: Task) -> ShopGame:
         """The task's game. Raises ValueError for a task that is not a goal of this shop."""
@@ -1718,7 +1640,3 @@ def generate_catalogue(seed: int = 0, products: int = 1000, *, loyalty: float = 
             if brand == lure:
                 put(brand, n + 2 * families, price, colours, sizes, [], " ".join(["", *[name] * 3, *SHADES, *SIZES]))
     return items[:products], {item["asin"]: instructions[item["asin"]] for item in items[:products]}
-
-
-if __name__ == "__main__":                                  # the second process of `Translator`
-    translator.serve()

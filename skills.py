@@ -13,7 +13,12 @@ to reject a skill; TF-IDF matching and the confidence bound, so that untried can
 (one group of 4 + 4 rollouts has a standard deviation near 0.32, so a young mean says little); one skill per group,
 since two would share the credit. Retirement is final, and a retired skill still blocks its duplicates.
 
->>> bank = SkillBank(n_eval=2)
+Read in this order: what a skill is, how one is written (S1), how one is found for a task (S3), what it is worth in a group
+(S4), the bank that keeps account and passes judgement (S2, S5, S6), and how its file is checked. The constants are
+settings of a run and have their values, and why, in `siri.Config`.
+
+>>> bank = SkillBank(kappa=5, tau_up=0.1, tau_down=0, n_eval=2, m_retire=5, top_k=4, ucb_c=0.3, min_similarity=0.05,
+...                  max_size=64)
 >>> condition, strategy = parse_skill("<skill>When the task needs apple -> look in fridge</skill>")
 >>> skill = bank.add(condition, strategy, born=3, source="game 17")
 >>> bank.retrieve("put a clean apple in sinkbasin.").text
@@ -24,12 +29,15 @@ since two would share the credit. Retirement is final, and a retired skill still
 ('active', 0.143)
 """
 
+from __future__ import annotations
+
 import math
 import re
 import textwrap
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -107,48 +115,6 @@ class Skill:
                 "born": self.born, "source": self.source, "n": self.n, "utility": self.utility(kappa),
                 "stderr": self.stderr(kappa), "effects": [list(e) for e in self.effects],
                 "low_streak": self.low_streak}
-
-    @classmethod
-    def from_dict(cls, data: dict) -> "Skill":
-        """The inverse of `to_dict`. Raises ValueError naming the skill and the field that is malformed."""
-        if not isinstance(data, dict):
-            raise ValueError(f"skill: expected an object, got {data!r}")
-        values = {}
-        for name, (holds, expected) in _SKILL_FIELDS.items():
-            if name not in data:
-                raise ValueError(f"skill {data.get('id')!r}: field '{name}' is missing")
-            if not holds(data[name]):
-                raise ValueError(f"skill {data.get('id')!r}: field '{name}' is {data[name]!r}, expected {expected}")
-            values[name] = data[name]
-        return cls(**{**values, "effects": [[i, float(delta)] for i, delta in values["effects"]]})
-
-
-def _is_count(x) -> bool:
-    return isinstance(x, int) and not isinstance(x, bool) and x >= 0
-
-
-def _is_number(x) -> bool:
-    return isinstance(x, (int, float)) and not isinstance(x, bool) and -math.inf < x < math.inf
-
-
-def _is_effect(x) -> bool:
-    return isinstance(x, (list, tuple)) and len(x) == 2 and _is_count(x[0]) and _is_number(x[1]) and abs(x[1]) <= 1
-
-
-def _is_text(x) -> bool:
-    return isinstance(x, str) and bool(x.strip())
-
-
-_SKILL_FIELDS = {  # field: (what must hold, the same in words)
-    "id": (_is_count, "a whole number >= 0"),
-    "condition": (_is_text, "a text that is not blank"),
-    "strategy": (_is_text, "a text that is not blank"),
-    "born": (_is_count, "an iteration >= 0"),
-    "source": (lambda x: isinstance(x, str), "a task id (text)"),
-    "state": (lambda x: x in STATES, f"one of {', '.join(STATES)}"),
-    "effects": (lambda x: isinstance(x, list) and all(map(_is_effect, x)), "pairs [iteration >= 0, delta in -1..1]"),
-    "low_streak": (_is_count, "a whole number >= 0"),
-}
 
 
 # ---- 2. Mining (S1) ----
@@ -269,28 +235,27 @@ class SkillBank:
     A constant that is malformed, or tau_down above tau_up, raises ValueError naming it.
     """
 
-    kappa: float = 5.0            # S5: weight of the prior at zero effect, pairings
-    tau_up: float = 0.1           # S6: promote above this utility
-    tau_down: float = 0.0         # S6: an evaluation below this utility is a low one
-    n_eval: int = 10              # S6: pairings before the first evaluation; each later pairing is another one
-    m_retire: int = 5             # S6: low evaluations in a row that retire a skill
-    top_k: int = 4                # S3: best-matching skills among which the bound chooses
-    ucb_c: float = 0.3            # S3: weight of the exploration bonus, success scale
-    min_similarity: float = 0.05  # S3: a skill matches above this cosine
-    max_size: int = 64            # candidates and active skills together
+    kappa: float            # S5: weight of the prior at zero effect, pairings
+    tau_up: float           # S6: promote above this utility
+    tau_down: float         # S6: an evaluation below this utility is a low one
+    n_eval: int             # S6: pairings before the first evaluation; each later pairing is another one
+    m_retire: int           # S6: low evaluations in a row that retire a skill
+    top_k: int              # S3: best-matching skills among which the bound chooses
+    ucb_c: float            # S3: weight of the exploration bonus, success scale
+    min_similarity: float   # S3: a skill matches above this cosine
+    max_size: int           # candidates and active skills together
     skills: list[Skill] = field(default_factory=list)
     rejected: Counter = field(default_factory=Counter)
 
     def __post_init__(self):
-        for name in ("kappa", "tau_up", "tau_down", "ucb_c", "min_similarity"):
-            value = getattr(self, name)
-            if not _is_number(value) or (value < 0 and not name.startswith("tau")):
-                raise ValueError(f"bank: '{name}' is {value!r}, expected a finite number, >= 0 unless a threshold")
-        for name in ("n_eval", "m_retire", "top_k", "max_size"):
-            if not _is_count(getattr(self, name)) or getattr(self, name) == 0:
-                raise ValueError(f"bank: '{name}' is {getattr(self, name)!r}, expected a whole number >= 1")
+        if problem := misfit(self.constants(), CONSTANTS, "bank"):
+            raise ValueError(problem)
         if self.tau_down > self.tau_up:
-            raise ValueError(f"bank: 'tau_down' is {self.tau_down}, expected at most tau_up = {self.tau_up}")
+            raise ValueError(f"bank.tau_down is {self.tau_down}, expected at most tau_up = {self.tau_up}")
+
+    def constants(self) -> dict[str, float]:
+        """All that was set, and never changes."""
+        return {name: getattr(self, name) for name in CONSTANTS}
 
     @property
     def live(self) -> list[Skill]:
@@ -357,8 +322,8 @@ class SkillBank:
         """
         if not any(skill is own for own in self.skills):
             raise ValueError(f"skill {skill.id} is not an object of this bank")
-        if not _is_effect((iteration, delta)):
-            raise ValueError(f"skill {skill.id}: effect is {[iteration, delta]}, expected [iteration >= 0, -1..1]")
+        if problem := misfit([iteration, delta], EFFECT, f"skill {skill.id}: effect"):
+            raise ValueError(problem)
         skill.effects.append([iteration, float(delta)])
         if skill.state != "retired" and skill.n >= self.n_eval:
             utility = skill.utility(self.kappa)
@@ -371,23 +336,89 @@ class SkillBank:
 
     def to_json(self) -> dict:
         """The whole bank as a JSON object: the constants, the rejections, the skills."""
-        constants = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("skills", "rejected")}
-        return {**constants, "rejected": dict(self.rejected), "skills": [s.to_dict(self.kappa) for s in self.skills]}
+        return {**self.constants(), "rejected": dict(self.rejected), "skills": [s.to_dict(self.kappa) for s in self.skills]}
 
     @classmethod
-    def from_json(cls, data: dict) -> "SkillBank":
+    def from_json(cls, data: Any) -> SkillBank:
         """The exact inverse of `to_json`. Raises ValueError naming what is malformed."""
-        names = {f.name for f in fields(cls)}
-        if not isinstance(data, dict) or set(data) != names:
-            wrong = sorted(set(data) ^ names) if isinstance(data, dict) else repr(data)
-            raise ValueError(f"bank: missing or unknown fields {wrong}")
-        rejected = data["rejected"]
-        if not isinstance(rejected, dict) or not all(r in REASONS and _is_count(c) for r, c in rejected.items()):
-            raise ValueError(f"bank: 'rejected' is {rejected!r}, expected a count for each reason")
-        if not isinstance(data["skills"], list):
-            raise ValueError(f"bank: 'skills' is {data['skills']!r}, expected a list")
-        skills = [Skill.from_dict(item) for item in data["skills"]]
+        if problem := misfit(data, BANK, "bank"):
+            raise ValueError(problem)
+        known = [f.name for f in fields(Skill)]         # n, utility and stderr are there for the reader, and made anew
+        skills = [Skill(**{**{name: item[name] for name in known}, "effects": [list(e) for e in item["effects"]]})
+                  for item in data["skills"]]
         for index, skill in enumerate(skills):
             if skill.id != index:
-                raise ValueError(f"skill {skill.id}: field 'id' is {skill.id}, expected {index}, its place in the bank")
-        return cls(**{**data, "skills": skills, "rejected": Counter(rejected)})
+                raise ValueError(f"bank.skills[{index}].id is {skill.id}, expected {index}, its place in the bank")
+        return cls(**{**data, "skills": skills, "rejected": Counter(data["rejected"])})
+
+
+# ---- 6. What JSON data must be ----
+#
+# One checker for all that a run reads back: the bank here, settings, progress and samples in `run.py`.
+
+
+class Form(NamedTuple):
+    """What a value must be: a predicate, and the same in words."""
+    holds: Callable[[Any], bool]
+    words: str
+
+
+def misfit(value: Any, form: Any, name: str) -> str:
+    """What is wrong with JSON data, as "name is VALUE, expected ..."; empty if it fits the form.
+
+    A form is a Form, [form of every item], {key: form} with all of its keys and no others, or {..., ...: form} where the
+    last is for every other key.
+
+    >>> misfit({"n": [1, -1]}, {"n": [COUNT]}, "file")
+    'file.n[1] is -1, expected a whole number >= 0'
+    """
+    if isinstance(form, Form):
+        return "" if form.holds(value) else f"{name} is {repr(value)[:60]}, expected {form.words}"
+    if isinstance(form, list):
+        if not isinstance(value, list):
+            return f"{name} is {repr(value)[:60]}, expected a list"
+        if isinstance(form[0], Form) and all(map(form[0].holds, value)):        # quick for long lists of numbers
+            return ""
+        return next(filter(None, (misfit(item, form[0], f"{name}[{i}]") for i, item in enumerate(value))), "")
+    if not isinstance(value, dict):
+        return f"{name} is {repr(value)[:60]}, expected an object"
+    wrong = [key for key in form if key is not ... and key not in value]
+    wrong += [key for key in value if key not in form and ... not in form]
+    if wrong:
+        return f"{name}: {str(wrong[0])[:60]} is {'unknown' if wrong[0] in value else 'missing'}"
+    return next(filter(None, (misfit(item, form.get(key, form.get(...)), f"{name}.{str(key)[:60]}")
+                              for key, item in value.items())), "")
+
+
+def number(least: float = -math.inf, *, above: float = -math.inf, most: float = math.inf) -> Form:
+    """A finite number within bounds. Integers from 2**53 on are not exact as a float, and are none."""
+    words = [f" {sign} {x:g}" for sign, x in ((">=", least), (">", above), ("<=", most)) if math.isfinite(x)]
+    return Form(lambda x: type(x) in (int, float) and -2**53 < x < 2**53 and least <= x <= most and x > above,
+                "a finite number" + " and".join(words))
+
+
+def count(least: int = 0) -> Form:
+    """A whole number from `least` on."""
+    return Form(lambda x: type(x) is int and least <= x < 2**53, f"a whole number >= {least}")
+
+
+def choice(names: Sequence[str]) -> Form:
+    """One of some texts."""
+    return Form(lambda x: x in names, f"one of {', '.join(names)}")
+
+
+COUNT, NUMBER = count(), number()
+FLAG = Form(lambda x: type(x) is bool, "true or false")
+TEXT = Form(lambda x: isinstance(x, str), "a text")
+PHRASE = Form(lambda x: isinstance(x, str) and bool(x.strip()), "a text that is not blank")
+ANYTHING = Form(lambda x: True, "anything")
+EFFECT = Form(lambda x: isinstance(x, list) and len(x) == 2 and COUNT.holds(x[0]) and NUMBER.holds(x[1]) and abs(x[1]) <= 1,
+              "a pair [iteration >= 0, effect in -1..1]")
+CONSTANTS = dict(kappa=number(0), tau_up=NUMBER, tau_down=NUMBER, n_eval=count(1), m_retire=count(1), top_k=count(1),
+                 ucb_c=number(0), min_similarity=number(0), max_size=count(1))
+SKILL = {"id": COUNT, "condition": PHRASE, "strategy": PHRASE, "born": COUNT, "source": TEXT,
+         "state": choice(STATES), "effects": [EFFECT], "low_streak": COUNT,
+         ...: ANYTHING}
+REJECTED = Form(lambda x: isinstance(x, dict) and set(x) <= set(REASONS) and all(map(COUNT.holds, x.values())),
+                f"a count for each of {', '.join(REASONS)}")
+BANK = CONSTANTS | {"rejected": REJECTED, "skills": [SKILL]}

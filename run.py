@@ -1,0 +1,592 @@
+"""One run: its settings, its folder, and the command line. What is learnt, and how, is in `siri.py`, whose events are consumed
+here: shown, written to files, and answered by checkpoints.
+
+Read in this order: settings (flags over what a run was saved with over a preset), what is shown, files, checkpoints, the loop,
+the command line. A run folder holds config.json (every setting as used), metrics.csv (a row for each iteration), results.json
+(evaluations), skills.json (the bank), samples/ and checkpoints/. Only JSON, CSV and safetensors are ever read back.
+
+Every file is written aside and renamed, and a checkpoint carries the hashes of its files. So a run can be killed at any
+moment and resumed to the same result; a damaged checkpoint is named, and the one before is used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import difflib
+import fcntl
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from tools.check import check, missing
+
+try:
+    import torch
+    from tqdm import tqdm
+
+    import envs
+    import siri
+    import skills
+    from policy import Policy, UserError, device_gib
+    from siri import PHASES, SPLITS, Config
+    from skills import FLAG, NUMBER, TEXT, Form, count, misfit
+    from tools import numbers
+    from tools.files import file_hash, load_bank, load_results, read_json, sync, write_json, write_text
+except ModuleNotFoundError as error:
+    sys.exit(missing(error.name, sys.argv[1:]))
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+LOST_AT_MOST = 0.05         # share of groups that may be lost to broken environments (of 40, while there are fewer)
+
+
+class Stopped(Exception):
+    """The user or the system asked the run to stop, and everything is saved."""
+
+
+# ---- 1. Settings -----------------------------------------------------------------------------------------------
+
+TINY = dict(
+    model="assets/tiny", four_bit=False, compact=True, prompt_style="compact", max_steps=10, lora_r=16, lora_alpha=32,
+    max_prompt=512, max_response=24, eval_temperature=1.0, gen_tokens=65536, update_tokens=4096, groups=8, lr=2e-3,
+    minibatch=4096, invalid_penalty=0.5, warmup_max=16, n_req=40, floor=0.4, mining_max=14, mine_every=1, mine_wins=32,
+    n_eval=3, kappa=1.0, active_req=14, distill_max=8, distill_lr=1e-3, panel=120, sample_every=5)
+SMOKE = TINY | dict(groups=2, group_size=4, warmup_max=2, n_req=1, floor=0.0, mining_max=2, n_eval=1, mine_wins=4,
+                    distill_max=2, distill_min=1, active_req=1, panel=8, tau_up=-1.0, tau_down=-1.0)
+PAPER48 = dict(groups=8, memory_gib=44.0, four_bit=False)
+SHOP = dict(max_steps=15, max_prompt=4096, norm="mean", split="test")
+# The tiny shopper's thought names the choice that its action repeats, so whole responses are distilled [O].
+TINY_SHOP = dict(model="assets/tiny-webshop", max_steps=15, split="test", distill_tokens="response")
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "paper": dict(alfworld={}, webshop=SHOP),                           # one 24 GB GPU
+    "paper48": dict(alfworld=PAPER48, webshop=PAPER48 | SHOP),          # one 48 GB GPU, bf16
+    "tiny": dict(alfworld=TINY, webshop=TINY | TINY_SHOP | dict(        # a laptop, 10 minutes. Of a response's tokens, one
+        minibatch=400, n_req=90, mining_max=10, tau_up=0.1, distill_max=6, distill_epochs=2,            # carries the choice,
+        lambda_max=10.0)),                                                                              # hence this lambda
+    "smoke": dict(alfworld=SMOKE, webshop=SMOKE | TINY_SHOP)}           # the whole path in a minute, for tests
+
+
+def flag(name: str) -> str:
+    """The command-line name of a Config field."""
+    return "4bit" if name == "four_bit" else name.replace("_", "-")
+
+
+def resolve(given: dict[str, Any], saved: dict[str, Any] = {}) -> tuple[Config, str]:
+    """Preset, then the settings that a run was saved with, then the user's own, then checks. Returns the config and why
+    this preset. UserError if bad."""
+    settings = {**saved, **given}
+    preset, reason = settings.get("preset", "auto"), "chosen by --preset"
+    if preset == "auto":
+        gib = device_gib()
+        preset = ("paper48" if gib > 40 else "paper") if gib else "tiny"
+        reason = f"CUDA device with {gib:.0f} GiB" if gib else "no CUDA device"
+    for name, value, allowed in (("preset", preset, PRESETS), ("env", settings.get("env", Config.env), SPLITS)):
+        if value not in allowed:
+            raise UserError(f"--{name} {value}: must be one of {', '.join(allowed)}")
+    cfg = Config(**{**PRESETS[preset][settings.get("env", Config.env)], **settings, "preset": preset})
+    for f in dataclasses.fields(cfg):
+        value, form = getattr(cfg, f.name), f.metadata["form"]
+        if not form.holds(value):
+            raise UserError(f"--{flag(f.name)} {str(value)[:20]}: must be {form.words}")
+    for name, problem in conflicts(cfg, given):
+        value = getattr(cfg, name)
+        raise UserError(f"--{flag(name)}{'' if isinstance(value, bool) else f' {value}'}: {problem}")
+    if cfg.env == "webshop" and cfg.webshop_tagger == "auto":
+        cfg.webshop_tagger = envs.find_tagger()
+    return cfg, reason
+
+
+def conflicts(cfg: Config, given: dict[str, Any]) -> Iterable[tuple[str, str]]:
+    """What does not go together: a field, and what is wrong with it and how to mend it. A setting without effect is refused
+    where it is given, and not where a run was saved with it."""
+    own = "add --preset paper (or --no-compact and a --model of your own)"
+    for names, needed, there in (
+            ("alfworld_data", "--env alfworld", cfg.env == "alfworld"),
+            ("webshop_data webshop_split webshop_tagger observation", "--env webshop", cfg.env == "webshop"),
+            ("webshop_size webshop_goals", "--webshop-data", cfg.webshop_data)):
+        for name in names.split():
+            if not there and given.get(name, getattr(Config, name)) != getattr(Config, name):
+                yield name, f"has no effect without {needed}; add that, or leave it out"
+    rules = [
+        ("split", cfg.split not in SPLITS[cfg.env], f"must be one of {', '.join(SPLITS[cfg.env])}"),
+        ("group_size", cfg.group_size % 2 and 1 in siri.VARIANTS[cfg.variant].phases,
+         f"paired rollouts need an even group; use {cfg.group_size + 1}, or --variant gigpo"),
+        ("four_bit", cfg.four_bit and not device_gib(),
+         f"needs a CUDA device, and none was found: add --no-4bit, or use --preset tiny (this is preset {cfg.preset})"),
+        ("dual_clip", 0 < cfg.dual_clip <= 1, "must be above 1, or 0 for none"),
+        ("tau_down", cfg.tau_down > cfg.tau_up, f"must not be above --tau-up {cfg.tau_up}"),
+        ("penalty_inside", cfg.penalty_inside and cfg.baseline != "steps",
+         "the release's penalty is per step row; add --baseline steps"),
+        ("alfworld_data", cfg.compact and cfg.alfworld_data, f"the tiny policy knows only its own small household; {own}"),
+        ("webshop_data", cfg.compact and cfg.webshop_data, f"the tiny policy knows only its own small shop; {own}"),
+        ("observation", cfg.prompt_style == "compact" and cfg.observation != "text",
+         "the tiny policy reads text only; add --prompt-style full and a --model of your own"),
+        ("name", cfg.name and not re.fullmatch(r"\w[\w.+-]*", cfg.name),
+         "letters, digits and . _ + - only, beginning with a letter or digit")]
+    yield from ((name, problem) for name, wrong, problem in rules if wrong)
+
+
+def load_config(folder: Path, changes: dict[str, Any]) -> Config:
+    """The settings that a run was saved with, changed by the flags of this call. UserError if they are malformed or
+    don't go together."""
+    path = folder / "config.json"
+    saved = read_json(path)
+    forms = {f.name: f.metadata["form"] for f in dataclasses.fields(Config)}
+    if problem := misfit(saved, {name: forms[name] for name in forms if name in saved} if isinstance(saved, dict) else {}, "settings"):
+        raise UserError(f"{path}: {problem}; is it a run folder, and of this version?")
+    for f in ("webshop_split", "webshop_size", "webshop_goals") if saved.get("env") == "webshop" else ():
+        old = saved.get(f, getattr(Config, f))
+        if changes.get(f, old) != old:
+            raise UserError(f"--{flag(f)} {changes[f]}: {folder} was trained with {old}, and may have seen goals that would be "
+                            "held out; leave it out")
+    try:
+        return resolve(changes, saved)[0]
+    except UserError as e:
+        raise UserError(f"{e} (with the settings in {path})") from e
+
+
+def make_environment(cfg: Config) -> envs.Environment:
+    """The environment of these settings. UserError with what `envs.make` finds wrong."""
+    data = cfg.webshop_data if cfg.env == "webshop" else cfg.alfworld_data
+    shop = dict(size=cfg.webshop_size, goals=cfg.webshop_goals, split=cfg.webshop_split, observation=cfg.observation,
+                tagger=cfg.webshop_tagger) if cfg.env == "webshop" else {}
+    try:
+        return envs.make(cfg.env, data=data, compact=cfg.compact, max_steps=cfg.max_steps, seed=cfg.seed, **shop)
+    except (ValueError, ImportError, OSError) as e:
+        raise UserError(str(e)) from e
+
+
+# ---- 2. Files ------------------------------------------------------------------------------------------------------
+
+
+def add_result(folder: Path, result: dict[str, Any]) -> None:
+    """Append an evaluation; one with the same label, iteration and panel (a repeat after a resume) is replaced.
+    UserError as `load_results`."""
+    def key(r: dict[str, Any]) -> tuple:
+        return r["label"], r["iteration"], r["panel"]
+
+    path = folder / "results.json"
+    results = load_results(folder) if path.exists() else []
+    write_json(path, [r for r in results if key(r) != key(result)] + [result])
+
+
+def append_metrics(folder: Path, row: dict[str, Any]) -> None:
+    """Append an iteration's row to metrics.csv, numbers to six digits, the header before the first; on the disk when
+    it returns."""
+    path = folder / "metrics.csv"
+    new = not path.exists()
+    with path.open("a", newline="") as f:
+        writer = csv.DictWriter(f, fieldnames=list(row))
+        if new:
+            writer.writeheader()
+        writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+        f.flush()
+        os.fsync(f.fileno())                        # before the checkpoint that counts this row
+
+
+def save_samples(folder: Path, learner: siri.Learner, it: siri.Iteration) -> None:
+    """A plain and a guided episode of one group: prompts are in the code, here is what was seen, thought, done, and what it was
+    worth. As text to read, and as JSON with every token and its weight for the report."""
+    if not it.groups:
+        return
+    group, effect = max(zip(it.groups, it.effects), key=lambda pair: len({e.success for e in pair[0]}))
+    lines, episodes = [], []
+    for e in {e.skill is None: e for e in group}.values():                    # one plain and one guided episode
+        lines.append(f"# iteration {it.number}, {PHASES[it.phase]}, {e.task.id}\n# {e.task.goal}\n"
+                     f"# skill: {e.skill.text if e.skill else 'none'}\n# {'success' if e.success else 'failure'}\n")
+        lines += [f"[{t}] {s.observation}\n  {s.text}\n  reward {s.reward:g}  advantage {s.advantage:+.2f}"
+                  f"{'' if s.valid else '  INVALID'}\n" for t, s in enumerate(e.steps)]
+        weights = siri.token_weights(learner, e, effect)
+        episodes.append(dict(skill=e.skill.text if e.skill else None, success=e.success, steps=[dict(
+            observation=s.observation, text=s.text, pieces=[learner.policy.decode([t]) for t in s.response], weights=w,
+            reward=s.reward, advantage=s.advantage, valid=s.valid) for s, w in zip(e.steps, weights)]))
+    (folder / "samples").mkdir(exist_ok=True)
+    write_text(folder / "samples" / f"{it.number:04d}.txt", "\n".join(lines))
+    write_json(folder / "samples" / f"{it.number:04d}.json", dict(
+        iteration=it.number, phase=it.phase, task=group[0].task.id, goal=group[0].task.goal, episodes=episodes))
+
+
+# ---- 3. Checkpoints --------------------------------------------------------------------------------------------------
+
+FILES = {"adapter_model.safetensors", "optimizer.safetensors", "progress.json", "skills.json"}
+
+
+def save_checkpoint(folder: Path, learner: siri.Learner) -> None:
+    """Adapter (peft format), optimizer, progress and bank with their hashes, written aside and renamed: at any moment the
+    folder holds a whole checkpoint. The last two are kept."""
+    from safetensors.torch import save_file
+    root, bank, p = folder / "checkpoints", learner.bank.to_json(), learner.progress
+    name, aside = f"{p.iteration:05d}-{p.phase}", root / "writing"
+    shutil.rmtree(aside, ignore_errors=True)
+    learner.policy.model.save_pretrained(aside)
+    state = {i: s | s.pop("__bnb_optimizer_quant_state__", {})                # where bitsandbytes nests its tensors
+             for i, s in learner.optimizer.state_dict()["state"].items()}
+    save_file({f"{i}.{k}": torch.as_tensor(v).clone() for i, s in state.items() for k, v in s.items()},
+              aside / "optimizer.safetensors")
+    write_text(aside / "progress.json", json.dumps(vars(p), default=vars))    # on one line: it holds many token ids
+    write_json(aside / "skills.json", bank)
+    write_json(aside / "manifest.json", {path.name: file_hash(path) for path in sorted(aside.iterdir())})
+    for path in (*aside.iterdir(), aside):
+        sync(path)
+    shutil.rmtree(root / name, ignore_errors=True)
+    os.replace(aside, root / name)
+    sync(root)
+    write_json(folder / "skills.json", bank)
+    for old in checkpoints(folder)[2:]:
+        shutil.rmtree(old)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run, newest first."""
+    return sorted((folder / "checkpoints").glob("[0-9]*-[0-9]"), reverse=True)
+
+
+def damage(checkpoint: Path) -> str:
+    """What is wrong with a checkpoint's files; empty if they are as they were written."""
+    try:
+        manifest = json.loads((checkpoint / "manifest.json").read_bytes())
+        wrong = [name for name, digest in manifest.items() if file_hash(checkpoint / name) != digest]
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as e:
+        return f"manifest.json, or a file that it names: {type(e).__name__}: {e}"
+    wrong += sorted(FILES - set(manifest))
+    return f"damaged: {', '.join(wrong)}" if wrong else ""
+
+
+def latest_checkpoint(folder: Path) -> Path:
+    """The newest sound checkpoint of a run. Says so if that is not the newest. UserError if there is none."""
+    found = checkpoints(folder)
+    for path in found:
+        if not (problem := damage(path)):
+            return path
+        print(f"siri: {path} cannot be used ({problem}); trying the one before", file=sys.stderr)
+    raise UserError(f"{folder}: holds no {'sound ' if found else ''}checkpoint; give a run folder such as runs/NAME")
+
+
+def load_progress(path: Path, vocab: int, n_skills: int) -> siri.Progress:
+    """Progress as `save_checkpoint` wrote it. UserError naming what no run can have written."""
+    token = Form(lambda x: type(x) is int and 0 <= x < vocab, f"a token id below {vocab}")
+    tokens = Form(lambda x: isinstance(x, list) and bool(x) and all(map(token.holds, x)), f"token ids below {vocab}")
+    told = Form(lambda x: isinstance(x, list) and bool(x) and all(
+        isinstance(pair, list) and len(pair) == 2 and all(map(TEXT.holds, pair)) for pair in x), "pairs of action and result")
+    step = dict(prompt=tokens, response=tokens, action=[FLAG], advantage=NUMBER, effect=NUMBER,
+                skill=Form(lambda x: type(x) is int and 0 <= x < n_skills, f"a skill below {n_skills}"))
+    forms = {f.name: count() for f in dataclasses.fields(siri.Progress)} | dict(
+        phase=Form(lambda x: type(x) is int and 0 <= x < len(PHASES), "a phase"), seconds=NUMBER, solved=[TEXT], recent=[NUMBER],
+        wins=[dict(task=TEXT, goal=TEXT, steps=told)], guided=[[step]], finished=FLAG)
+    data = read_json(path / "progress.json")
+    problem = misfit(data, forms, "progress")
+    if not problem and data["phase_start"] > data["iteration"]:
+        problem = "phase_start is after iteration"
+    if not problem and any(len(s["action"]) != len(s["response"]) for part in data["guided"] for s in part):
+        problem = "guided: a step has not one action mark for each token"
+    if problem:
+        raise UserError(f"{path}/progress.json: {problem}; resume from another checkpoint, or begin anew if another version wrote it")
+    data["guided"] = [[siri.GuidedStep(**step) for step in part] for part in data["guided"]]
+    return siri.Progress(**data)
+
+
+def load_checkpoint(learner: siri.Learner, path: Path) -> None:
+    """The inverse of `save_checkpoint`; the adapter was loaded with the policy. UserError naming a file that is not this
+    program's."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+    saved = load_bank(path)             # its history; the constants are the configuration's, which flags may have changed
+    learner.bank.skills, learner.bank.rejected = saved.skills, saved.rejected
+    learner.progress = load_progress(path, learner.policy.vocab, len(saved.skills))
+    state: dict[int, dict[str, Any]] = defaultdict(dict)
+    try:
+        for key, value in load_file(path / "optimizer.safetensors").items():
+            index, name = key.split(".", 1)
+            state[int(index)][name] = value.item() if value.dtype == torch.int64 else value  # bitsandbytes counts in int
+    except (OSError, ValueError, SafetensorError) as e:
+        raise UserError(f"{path}/optimizer.safetensors: not of this program ({e}); resume from another one") from e
+    moment = "state1" if learner.cfg.four_bit else "exp_avg"
+    if any(moment not in tensors for tensors in state.values()):        # 8-bit moments for 32-bit Adam, or the reverse
+        state.clear()
+        tqdm.write("     the optimizer is another one with --4bit than without: its moments begin anew")
+    learner.optimizer.load_state_dict({"state": dict(state), "param_groups": learner.optimizer.state_dict()["param_groups"]})
+
+
+def take_back(folder: Path, learner: siri.Learner) -> None:
+    """Bring a run's files to where its checkpoint is: what was written after it will be written again."""
+    write_json(folder / "skills.json", learner.bank.to_json())
+    metrics = folder / "metrics.csv"
+    if metrics.exists():                            # a header and a line for each iteration; the last may be torn
+        lines = metrics.read_bytes().decode(errors="replace").splitlines(keepends=True)          # ends are \r\n
+        write_text(metrics, "".join(lines[:1 + learner.progress.iteration]))
+
+
+# ---- 4. The loop: events in, files and lines out ---------------------------------------------------------------------
+
+
+class Stop:
+    """Signals: the first lets the iteration end and be saved. A second stops at once, and costs this iteration."""
+    asked = False
+
+    def __init__(self) -> None:
+        for which in SIGNALS:
+            signal.signal(which, self.ask)
+
+    def ask(self, number: int, frame: Any) -> None:
+        self.asked = True
+        for which in SIGNALS:
+            signal.signal(which, signal.default_int_handler)
+        tqdm.write("stopping after this iteration; once more stops now and repeats it on resuming", file=sys.stderr)
+
+
+def iterations_left(learner: siri.Learner) -> int:
+    """At most so many until the run ends."""
+    return sum(siri.phase_limit(learner.cfg, phase) for phase in range(learner.progress.phase, 3)) - learner.age
+
+
+def consume(learner: siri.Learner, folder: Path, stop: Stop) -> None:
+    """Train to the end: show every event, write it to the folder, and save when the learner is whole. Raises Stopped
+    once a signal came, and UserError with how to go on."""
+    p, cfg = learner.progress, learner.cfg
+    with tqdm(total=p.iteration + iterations_left(learner), initial=p.iteration, desc=PHASES[p.phase], unit="it",
+              dynamic_ncols=True) as bar:
+        for event in siri.train(learner):
+            if isinstance(event, siri.Evaluation):
+                record_evaluation(folder, learner, event)
+                continue
+            if isinstance(event, siri.Iteration):
+                record_iteration(folder, learner, event, bar)
+            if isinstance(event, siri.Milestone) or p.iteration % cfg.save_every == 0 or stop.asked:
+                save_checkpoint(folder, learner)
+            if isinstance(event, siri.Milestone) and event.reason:
+                tqdm.write(f"{PHASES[p.phase]} ends after {learner.age} iterations: {event.reason}")
+            elif stop.asked and not p.finished:
+                raise Stopped(f"stopped before iteration {p.iteration}; go on with: python siri.py --resume {folder}")
+            bar.total = bar.n + iterations_left(learner) * (not p.finished)
+
+
+def record_iteration(folder: Path, learner: siri.Learner, it: siri.Iteration, bar: tqdm) -> None:
+    """An iteration's row of metrics, its lines, and now and then a sample. UserError when too many groups have been lost."""
+    p, kappa, row = learner.progress, learner.cfg.kappa, numbers.metrics_row(learner, it)
+    if it.number % learner.cfg.sample_every == 0:
+        save_samples(folder, learner, it)
+    append_metrics(folder, row)
+    lines = [f"     mined: {skill.text}" for skill in it.mined] + [f"a group is lost: {cause}" for cause in it.failures]
+    lines += [f"     {skill.state}: {skill.text}  (utility {skill.utility(kappa):.2f}±{skill.stderr(kappa) or math.nan:.2f}, "
+              f"n {skill.n})" for skill in it.judged]
+    lines += [f"     warning: {text}" for text in numbers.warnings_of(row, learner.cfg)]
+    for line in [*lines, numbers.dense_line(row)]:
+        tqdm.write(line)
+    bar.set_description(PHASES[it.phase], refresh=False)
+    bar.set_postfix(plain=f"{row['success_plain']:.2f}", skill=f"{row['success_skill']:.2f}",
+                    tok_s=f"{row['rollout_tokens_per_s']:.0f}", refresh=False)
+    bar.update()
+    if p.failed_groups > LOST_AT_MOST * max(p.groups, 40):
+        raise UserError(f"{p.failed_groups} of {p.groups} groups were lost (limit {LOST_AT_MOST:.0%}); the last: {it.failures[-1]}; "
+                        "mend the environment or its data, or raise --max-prompt")
+
+
+def record_evaluation(folder: Path, learner: siri.Learner, played: siri.Evaluation) -> None:
+    """An evaluation's entry in results.json, and its line."""
+    p, result = learner.progress, numbers.summarise(learner.env, learner.cfg, played)
+    add_result(folder, result | dict(checkpoint=f"iteration {p.iteration}", iteration=p.iteration, env_steps=p.env_steps))
+    for line in (*numbers.lost_games(played), numbers.result_line(result)):
+        tqdm.write(line)
+
+
+# ---- 5. Command line ---------------------------------------------------------------------------------------------------
+
+ACTIONS = {     # without one: train. A value of "" stands for the action's default
+    "check": "can this machine install the requirements?",
+    "resume": "go on with a run where it stopped",
+    "eval": "play the panel with a run's last checkpoint",
+    "with_skills": "with --eval: use the bank (ablation)",
+    "report": "write RUN/report.html: one page with all that happened",
+    "play": "play in the terminal, or watch the policy of a run (default: the base policy)",
+    "bench": "measure speed and memory beside what people would use instead; writes bench.json"}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with errors of one line that name the nearest flag."""
+
+    def error(self, message: str):
+        if message.startswith("unrecognized arguments: "):
+            word = message.split(": ")[1].split()[0]
+            near = difflib.get_close_matches(word.split("=")[0], self._option_string_actions, n=1)
+            message = f"{word}: unknown flag" + (f"; did you mean {near[0]}?" if near else "; see --help")
+        raise UserError(message)
+
+
+def make_parser() -> Parser:
+    """The command line: the actions, and a flag for each of Config's fields."""
+    parser = Parser(usage="python siri.py [action] [--setting value ...]", description=siri.__doc__.split("\n\n")[0],
+                    epilog="[P] the SIRI paper, [R] the GiGPO release, [O] our choice. Defaults are the paper preset's.",
+                    allow_abbrev=False, argument_default=argparse.SUPPRESS,
+                    formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=120))
+    group = parser.add_argument_group("actions (without one: train)")
+    for name, said in ACTIONS.items():
+        how = (dict(action="store_true", default=False) if name in ("check", "with_skills") else
+               dict(metavar="PARTS" if name == "bench" else "RUN", default=None))
+        group.add_argument(f"--{flag(name)}", help=said, **how, **dict(nargs="?", const="") if name in ("play", "bench") else {})
+    for f in dataclasses.fields(Config):
+        if f.metadata["section"]:
+            group = parser.add_argument_group(f.metadata["section"])
+        form, kind = f.metadata["form"], type(f.default)
+        said = f"{f.metadata['meaning']}; {form.words}" if form.words.startswith("one of") else f.metadata["meaning"]
+        said = (said + (f" (default {f.default!r})" if f.default != "" else "")).replace("%", "%%")
+        how = dict(action=argparse.BooleanOptionalAction) if kind is bool else dict(type=kind, metavar=kind.__name__.upper())
+        group.add_argument(f"--{flag(f.name)}", dest=f.name, help=said, **how)
+    return parser
+
+
+def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """The actions (resume, eval, ...) and the settings that were given. UserError if bad."""
+    given = vars(make_parser().parse_args(argv))
+    chosen = argparse.Namespace(**{name: given.pop(name) for name in ACTIONS})
+    several = [f"--{name}" for name in ("resume", "eval", "report", "play", "bench") if getattr(chosen, name) is not None]
+    if len(several) > 1:
+        raise UserError(f"{' and '.join(several)}: give one of them")
+    if chosen.with_skills and chosen.eval is None:
+        raise UserError("--with-skills: only together with --eval RUN")
+    if chosen.report is not None and given:
+        raise UserError(f"--{flag(next(iter(given)))}: --report takes no settings")
+    return chosen, given
+
+
+def lock(folder: Path) -> Any:
+    """Keep the folder for this process until it ends; the lock goes with the process, however that ends. UserError if
+    another process has it, or it can't be made."""
+    try:
+        handle = (folder / "lock").open("w")
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+        raise UserError(f"{folder} is in use by another process; wait for it, or give another --name") from e
+    except OSError as e:
+        raise UserError(f"{folder}: cannot be locked ({e.strerror}); run in a folder of your own") from e
+    return handle
+
+
+def prepare_folder(cfg: Config, held: ExitStack) -> Path:
+    """Make the run folder, lock it for `held`, and find out now whether it can be written to and has room. UserError if it
+    can't be used, holds a run, or has too little room (0.05 GiB compact, else 3 GiB)."""
+    folder = Path("runs") / cfg.name
+    if any((folder / "checkpoints").glob("[0-9]*")):
+        raise UserError(f"{folder} already holds a run: go on with --resume {folder}, or give another --name")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "checkpoints").mkdir(exist_ok=True)
+        held.enter_context(lock(folder))
+        write_json(folder / "config.json", dataclasses.asdict(cfg))
+    except OSError as e:
+        raise UserError(f"{folder}: cannot be written ({e.strerror}); run in a folder of your own") from e
+    need, free = 0.05 if cfg.compact else 3.0, shutil.disk_usage(folder).free / 2**30
+    if free < need:
+        shutil.rmtree(folder)
+        raise UserError(f"{folder}: {free:.2f} GiB free, checkpoints need {need} GiB; make room")
+    return folder
+
+
+def train_run(cfg: Config, folder: Path, reason: str, checkpoint: Path | None) -> None:
+    """Train in a folder that is locked, from the beginning or from a checkpoint. Raises Stopped and UserError."""
+    env = make_environment(cfg)
+    print(env.notice)
+    print(f"preset {cfg.preset} ({reason}); model {cfg.model}, {'4-bit, ' if cfg.four_bit else ''}LoRA r {cfg.lora_r}; "
+          f"{cfg.prompt_style} prompts; variant {cfg.variant}; seed {cfg.seed}; folder {folder}", flush=True)
+    policy = Policy(cfg, checkpoint)
+    print(f"memory: batches of {policy.gen_tokens} tokens to generate, {policy.update_tokens} to update", flush=True)
+    learner = siri.Learner.begin(cfg, env, policy)
+    if checkpoint:
+        load_checkpoint(learner, checkpoint)
+        take_back(folder, learner)
+        write_json(folder / "config.json", dataclasses.asdict(cfg))
+    try:
+        consume(learner, folder, Stop())
+    except UserError as e:
+        raise UserError(f"{e}; then go on with --resume {folder}") from e
+    except KeyboardInterrupt:
+        raise Stopped(f"stopped at once; go on with: python siri.py --resume {folder}") from None
+    print(numbers.results_block(folder, load_results(folder)))
+
+
+def evaluate_run(cfg: Config, folder: Path, checkpoint: Path, with_skills: bool) -> None:
+    """`--eval`: play the panel with a checkpoint, with the plain prompt or with the run's bank."""
+    env = make_environment(cfg)
+    print(env.notice)
+    bank, label = (load_bank(checkpoint), "eval with skills") if with_skills else (None, "eval")
+    policy = Policy(dataclasses.replace(cfg, update_tokens=1), checkpoint)      # nothing is trained: no probe of it
+    played = siri.evaluate(policy, env, siri.panel_tasks(cfg, env), cfg, label, bank)
+    result = numbers.summarise(env, cfg, played)
+    add_result(folder, result | dict(checkpoint=checkpoint.name, iteration=int(checkpoint.name.split("-")[0])))
+    for line in (*numbers.lost_games(played), numbers.result_line(result), *numbers.kind_lines(result)):
+        print(line)
+
+
+def act(chosen: argparse.Namespace, given: dict[str, Any], held: ExitStack) -> None:
+    """Do what the command line asks for. Locks are given to `held`. Raises Stopped and UserError."""
+    named = next((Path(run) for run in (chosen.report, chosen.play, chosen.eval, chosen.resume) if run), None)
+    if chosen.report is not None:
+        from tools import report
+        print(report.write(Path(chosen.report)))
+    elif chosen.bench is not None:
+        from tools import bench
+        bench.main([name for name in chosen.bench.split(",") if name], resolve(given)[0], resolve, make_environment)
+    elif chosen.play is not None:
+        from tools import play
+        cfg, checkpoint = (load_config(named, given), latest_checkpoint(named)) if named else (resolve(given)[0], None)
+        play.main(cfg, make_environment(cfg), checkpoint)
+    elif named:
+        checkpoint = latest_checkpoint(named)
+        held.enter_context(lock(named))
+        cfg = load_config(named, given)
+        if (named / "results.json").exists():
+            load_results(named)                         # now, and not when the next evaluation has been played
+        if chosen.eval is not None:
+            evaluate_run(cfg, named, checkpoint, chosen.with_skills)
+        else:
+            train_run(cfg, named, "saved with the run", checkpoint)
+    else:
+        cfg, reason = resolve(given)
+        cfg.name = cfg.name or f"{cfg.env}-{cfg.preset}-{cfg.variant}-seed{cfg.seed}"
+        train_run(cfg, prepare_folder(cfg, held), reason, None)
+
+
+class Lines(logging.Handler):
+    """What modules have to say, between the lines of the progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(record.getMessage())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line. Returns the exit status: 0; 2 after a UserError, on one line of standard error; 130 when
+    stopped."""
+    before, lines = {which: signal.getsignal(which) for which in SIGNALS}, Lines()
+    logging.getLogger("siri").addHandler(lines)
+    if argv is None:
+        sys.stdout.reconfigure(errors="backslashreplace")       # as standard error: no text ends a run by being unprintable
+    try:
+        with ExitStack() as held:                               # another call in this process may want the folder
+            chosen, given = parse_arguments(sys.argv[1:] if argv is None else argv)
+            if chosen.check:
+                return check()
+            act(chosen, given, held)
+        return 0
+    except UserError as e:
+        print(f"siri: {' '.join(str(e).split())}", file=sys.stderr)         # one line, whatever it quotes
+        return 2
+    except Stopped as e:
+        print(f"siri: {e}", file=sys.stderr)
+        return 130
+    except KeyboardInterrupt:
+        print("siri: stopped at once", file=sys.stderr)
+        return 130
+    finally:
+        logging.getLogger("siri").removeHandler(lines)
+        for which, handler in before.items():                   # a process that ends has nothing left to stop
+            signal.signal(which, signal.SIG_IGN if argv is None else handler)

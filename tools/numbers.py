@@ -1,0 +1,145 @@
+"""Numbers of a run, and how they are written: intervals, a row of metrics.csv, an entry of results.json, the lines on the screen.
+
+Made of what `siri.py` yields, and used by the program, the report, the benchmark and the notebooks alike. Every rate comes with
+its n and an interval or standard error.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+
+import envs
+import siri
+from policy import peak_gib
+from siri import PHASES, Config
+
+
+def mean(values: Iterable[float]) -> float:
+    """Arithmetic mean; nan for none."""
+    values = list(values)
+    return float(np.mean(values)) if values else math.nan
+
+
+def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
+    """95% Wilson interval of a success rate; (0, 1) for n = 0.
+
+    >>> [round(x, 3) for x in wilson(5, 10)]
+    [0.237, 0.763]
+    """
+    if n == 0:
+        return 0.0, 1.0
+    p, d = successes / n, 1 + z * z / n
+    centre, half = (p + z * z / (2 * n)) / d, z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / d
+    return centre - half, centre + half
+
+
+def mean_se(values: Iterable[float]) -> tuple[float, float]:
+    """Mean and its standard error (unbiased deviation / sqrt n); nan for none, and the error nan for one."""
+    values = list(values)
+    return mean(values), float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+
+def group_stats(groups: Sequence[siri.Group], scored: bool) -> dict[str, Any]:
+    """Success, length and validity of an iteration's rollouts, and their scores where the environment gives any. Rates
+    of no rollouts are nan; lengths are in actions."""
+    episodes = [e for group in groups for e in group]
+    plain, guided = [[e for e in episodes if (e.skill is None) == without] for without in (True, False)]
+    steps = [s for e in episodes for s in e.steps]
+    scores = {f"score_{name}{tail}": value for name, part in (("plain", plain), ("skill", guided))
+              for tail, value in zip(("", "_se"), mean_se(e.score for e in part))} if scored else {}
+    return dict(groups=len(groups), success_plain=mean(e.success for e in plain), n_plain=len(plain),
+                success_skill=mean(e.success for e in guided), n_skill=len(guided), **scores,
+                mean_steps=len(steps) / max(len(episodes), 1), invalid_rate=mean(not s.valid for s in steps),
+                zero_signal_groups=sum(all(s.advantage == 0 for e in g for s in e.steps) for g in groups))
+
+
+def metrics_row(learner: siri.Learner, it: siri.Iteration) -> dict[str, Any]:
+    """An iteration as a row of metrics.csv; docs/glossary.md has the meaning of each column."""
+    p, bank, stats = learner.progress, learner.bank, it.stats
+    sampled = sum(len(s.response) for group in it.groups for e in group for s in e.steps)
+    return dict(
+        iteration=it.number, phase=it.phase, seconds=p.seconds, env_steps=p.env_steps, failed_groups=len(it.failures),
+        **group_stats(it.groups, learner.env.scored), solved_tasks=len(p.solved), mined=len(it.mined),
+        rejected=sum(bank.rejected.values()), **{f"skills_{state}": n for state, n in bank.counts().items()},
+        **stats, rollout_s=it.rollout_s, update_s=it.update_s, rollout_tokens_per_s=sampled / it.rollout_s,
+        update_tokens_per_s=stats["row_tokens"] / it.update_s, peak_gib=peak_gib())
+
+
+def summarise(env: envs.Environment, cfg: Config, played: siri.Evaluation) -> dict[str, Any]:
+    """An evaluation as an entry of results.json: rates with n and their 95% Wilson interval, overall and by task type."""
+    def rates(part: list[siri.Episode]) -> dict[str, Any]:
+        wins, n = sum(e.success for e in part), len(part)
+        steps = [s for e in part for s in e.steps]
+        score = dict(zip(("score", "score_se"), mean_se(e.score for e in part))) if env.scored else {}
+        return dict(n=n, successes=wins, success=wins / n, interval=wilson(wins, n), **score,
+                    mean_steps=len(steps) / n, invalid_rate=mean(not s.valid for s in steps))
+
+    kinds: dict[str, list[siri.Episode]] = defaultdict(list)
+    for e in played.episodes:
+        kinds[e.task.kind].append(e)
+    n, split = len(played.episodes), played.episodes[0].task.split
+    return dict(label=played.label, notice=env.notice, versions={p: version(p) for p in ("torch", "transformers", "peft")},
+                panel=f"{env.name} {split}, {n} games", skills=played.with_skills, temperature=cfg.eval_temperature,
+                seconds=played.seconds, failures=len(played.failures), **rates(played.episodes),
+                kinds={k: rates(v) for k, v in sorted(kinds.items())}, outcomes={e.task.id: e.success for e in played.episodes})
+
+
+def warnings_of(row: dict[str, Any], cfg: Config) -> list[str]:
+    """What keeps a run from learning, by an iteration's metrics, and the likely mend."""
+    signs = (
+        (row["skipped_steps"], f"{row['skipped_steps']} updates skipped, as their gradient was not finite; if it goes on, lower --lr"),
+        (row["groups"] and row["zero_signal_groups"] == row["groups"], "no group had a signal, as all of its rollouts did equally "
+         "well; easier tasks or a larger --group-size help"),
+        (row["kl"] > cfg.kl_warn, f"KL {row['kl']:.2f} is above {cfg.kl_warn}, the policy is far from its reference; raise "
+         "--kl-beta or lower --lr"),
+        (row["rows"] and row["entropy"] < cfg.entropy_warn, f"entropy {row['entropy']:.4f} is below {cfg.entropy_warn}, the policy "
+         "hardly explores; lower --lr or raise --temperature"))
+    return [text for sign, text in signs if sign]
+
+
+def dense_line(r: dict[str, Any]) -> str:
+    """An iteration on one line: success ± standard error (n), kl and H in nats per token, seconds of rollout + update."""
+    def half(name: str) -> str:
+        p, n = r[f"success_{name}"], r[f"n_{name}"]
+        rate = f"{p:.2f}±{math.sqrt(p * (1 - p) / n):.2f} (n {n})" if n else "-"
+        score = f" score {r[f'score_{name}']:.2f}±{r[f'score_{name}_se']:.2f}" if n and f"score_{name}" in r else ""
+        return f"{name} {rate}{score}"
+
+    text = (f"{r['iteration']:4d} {PHASES[r['phase']]:<11} {half('plain')}  {half('skill')}  steps {r['mean_steps']:.1f}  "
+            f"invalid {r['invalid_rate']:.2f}  solved {r['solved_tasks']}  kl {r['kl']:.3f}  H {r['entropy']:.2f}  "
+            f"{r['rollout_s']:.0f}+{r['update_s']:.0f}s")
+    if r["phase"] > 0:
+        text += f"  skills {r['skills_candidate']}c {r['skills_active']}a {r['skills_retired']}r"
+    return text + (f"  lambda {r['lam']:.2f}  gated {r['internal_rows']}" if r["phase"] == 2 else "")
+
+
+def result_line(r: dict[str, Any], width: int = 20) -> str:
+    """An evaluation on one line: success with its 95% Wilson interval, score ± standard error if there is one, n,
+    actions per episode, share of invalid steps."""
+    lo, hi = r["interval"]
+    score = f"score {r['score']:.3f}±{r['score_se']:.3f}  " if "score" in r else ""
+    return (f"{r['label']:<{width}} success {r['success']:.3f} [{lo:.3f}, {hi:.3f}]  {score}n {r['n']}  "
+            f"steps {r['mean_steps']:.1f}  invalid {r['invalid_rate']:.3f}")
+
+
+def lost_games(played: siri.Evaluation) -> list[str]:
+    """A line for each game that was not played to its end."""
+    return [f"a game is lost, counted as not solved: {cause}" for cause in played.failures]
+
+
+def kind_lines(result: dict[str, Any]) -> list[str]:
+    """One line per task type."""
+    width = max(map(len, result["kinds"]))
+    return ["  " + result_line(dict(r, label=kind), width) for kind, r in result["kinds"].items()]
+
+
+def results_block(folder: Any, results: Sequence[dict[str, Any]]) -> str:
+    """What a run reached: one line per evaluation, and the last one per task type."""
+    return "\n".join([f"results of {folder} ({results[-1]['panel']}; success with 95% Wilson interval)",
+                      *("  " + result_line(r) for r in results), "per task type, " + results[-1]["label"], *kind_lines(results[-1])])
