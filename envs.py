@@ -1,4 +1,4 @@
-"""Environments: text tasks that a policy plays, a state in and a state out. ALFWorld: sections 3-9; WebShop: 10-13.
+"""Environments: text tasks that a policy plays, a state in and a state out. ALFWorld: sections 3-8; WebShop: 9-12.
 
 An environment is a set of *tasks* and a way to play them. Playing is functional: `game.step(state, action)`
 returns a new `State` and never changes the old one, so the rollouts of a group share one engine, start in the
@@ -13,7 +13,6 @@ same state by construction, and can be replayed or branched at will.
 from __future__ import annotations
 
 import ast
-import dataclasses
 import io
 import itertools
 import json
@@ -25,7 +24,7 @@ import sys
 import zlib
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from functools import cache, lru_cache
@@ -34,7 +33,7 @@ from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Iterator, Mapping, NamedTuple, Protocol, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import regex
@@ -228,11 +227,11 @@ def _textworld() -> SimpleNamespace:
         raise ImportError("TextWorld's PDDL engine does not run on Python 3.13 or newer; use Python 3.10 to 3.12")
     try:
         import fast_downward
+        from alfworld.agents.utils.misc import Demangler
         from fast_downward.translate.pddl.conditions import Atom
         from textworld.envs.pddl import logic, textgen
         from textworld.generator.game import EntityInfo
         from textworld.logic import Rule
-        from alfworld.agents.utils.misc import Demangler
     except ImportError as error:
         raise ImportError(f"ALFWorld is not installed ({error}); run `pip install -r requirements.txt` (its Fast Downward is "
                           "compiled on the spot, which takes cmake, a C++ compiler and some minutes)") from error
@@ -327,6 +326,13 @@ def _literal(name: str) -> tuple[str, tuple[str, ...]]:
 class _Node:
     """One state of a household. `children` remembers the steps already taken from it."""
     __slots__ = ("id", "facts", "delta", "won", "commands", "admissible", "children")
+    id: int
+    facts: Facts
+    delta: frozenset
+    won: bool
+    commands: dict[str, tuple]
+    admissible: tuple[str, ...]
+    children: dict[str, tuple[_Node, str]]
 
 
 class AlfEngine:
@@ -376,7 +382,7 @@ class AlfEngine:
             self.lib.set_state_id(node.id)
             effects = (self.fd.Atom * count)()
             self.lib.apply_operator(operator, effects)
-            facts, changed = dict(node.facts), set()
+            facts, changed = dict(node.facts), set[tuple]()
             for predicate, row in map(_literal, (e.name for e in effects)):
                 opposite = predicate[4:] if predicate.startswith("not_") else "not_" + predicate
                 if row in facts.get(opposite, ()):
@@ -477,7 +483,7 @@ class AlfEngine:
 class AlfGame:
     """A game, opened on a borrowed engine. `start` and every later `State` can be stepped from again, in any order."""
 
-    def __init__(self, env: "AlfWorld", task: Task, data: Mapping[str, Any]) -> None:
+    def __init__(self, env: AlfWorld, task: Task, data: Mapping[str, Any]) -> None:
         self.env, self.engine = env, env.engines.pop() if env.engines else AlfEngine()
         try:
             self.engine.load(data)
@@ -510,9 +516,9 @@ class AlfGame:
                 memory.clear()
             _textworld_memory().clear()
             self.env.engines.append(self.engine)
-            self.engine = None
+            self.engine = None                  # type: ignore[assignment]    # a closed game is not played
 
-    def __enter__(self) -> "AlfGame":
+    def __enter__(self) -> AlfGame:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -535,7 +541,7 @@ class AlfWorld:
         self.notice, self.splits, self.max_steps = notice, tasks, max_steps
 
     @classmethod
-    def official(cls, data: str | Path, *, max_steps: int = 50) -> "AlfWorld":
+    def official(cls, data: str | Path, *, max_steps: int = 50) -> AlfWorld:
         """The games that `alfworld-download` fetches. `data` is the folder `json_2.1.1` or the one around it.
 
         Like the official loader this leaves out sliced and movable objects and games not marked solvable. Raises
@@ -563,14 +569,14 @@ class AlfWorld:
         return cls(f"ALFWorld: the official games in {folder} ({counts}).", splits, max_steps)
 
     @classmethod
-    def generated(cls, seed: int = 0, *, max_steps: int = 50) -> "AlfWorld":
+    def generated(cls, seed: int = 0, *, max_steps: int = 50) -> AlfWorld:
         """New games, drawn from `seed`, in ALFWorld's format on official floor plans; as many as the benchmark has."""
         notice = ("ALFWorld: GENERATED games (no data folder was given or found), played on TextWorld's engine. "
                   "Their scores are not ALFWorld benchmark scores.")
         return cls(notice, {split: GeneratedTasks(split, seed) for split in SPLIT_COUNTS}, max_steps)
 
     @classmethod
-    def household(cls, seed: int = 0, *, max_steps: int = 10, share: float = 0.5) -> "AlfWorld":
+    def household(cls, seed: int = 0, *, max_steps: int = 10, share: float = 0.5) -> AlfWorld:
         """Small generated games in the household with this number. `share` of all object classes occur in it: half of
         them, a dozen, can be learnt about in minutes."""
         notice = (f"ALFWorld: small GENERATED games in household {seed}, played on TextWorld's engine. "
@@ -641,7 +647,7 @@ PROCESSES = {"pick_clean_then_place_in_recep": ("Cleanable", "SinkBasin", "isCle
 LAMP_STANDS = ("Desk", "SideTable", "Dresser", "DiningTable", "Shelf", "CoffeeTable")   # the first there has the lamp
 
 
-@lru_cache(maxsize=None)
+@cache
 def wheel() -> SimpleNamespace:
     """The tables of alfworld's wheel, read on first use. None of this needs AI2-THOR, torch or the data set."""
     from alfworld.gen import constants, goal_library
@@ -681,7 +687,7 @@ def entity(cls: str, number: int) -> str:
 
 # ---- 6. Games on official floor plans ------------------------------------------------------------------------
 
-@lru_cache(maxsize=None)
+@cache
 def floor_plan(number: int) -> tuple[dict[str, list[str]], list[str], bool]:
     """One of the 120 rooms: its receptacles' ids by class, its movable object classes, whether it has a desk lamp.
 
@@ -697,7 +703,7 @@ def floor_plan(number: int) -> tuple[dict[str, list[str]], list[str], bool]:
     return ids, objects, "DeskLamp" in present and any(p in ids for p in LAMP_STANDS)
 
 
-@lru_cache(maxsize=None)
+@cache
 def possible_goals(kind: str, number: int) -> dict[str, list[str]]:
     """What can be asked in a room: destination -> targets that fit there and have somewhere else to start."""
     ids, objects, lit = floor_plan(number)
@@ -710,7 +716,7 @@ def possible_goals(kind: str, number: int) -> dict[str, list[str]]:
     return {p: targets for p, targets in goals.items() if targets}
 
 
-@lru_cache(maxsize=None)
+@cache
 def plans_for(kind: str, unseen: bool) -> list[int]:
     """The floor plans of a split in which a task type is possible; an unknown type raises KeyError."""
     rooms = [n for room in sorted(wheel().rooms[kind]) for n in wheel().plans[room]]
@@ -722,7 +728,7 @@ def floor_plan_scene(rng: random.Random, split: str) -> tuple[Scene, str]:
 
     Task types are as frequent as in the original training games. Returns the scene and the floor plan's number.
     """
-    kind = rng.choices(list(KIND_COUNTS), KIND_COUNTS.values())[0]
+    kind = rng.choices(list(KIND_COUNTS), list(KIND_COUNTS.values()))[0]
     number = rng.choice(plans_for(kind, split == "valid_unseen"))
     goals, (ids, classes, lit) = possible_goals(kind, number), floor_plan(number)
     destination = rng.choice(list(goals))
@@ -811,12 +817,6 @@ def generate_task(index: int, *, split: str, seed: int = 0, household: Household
     return Task(name, scene.kind, scene.goal, split, scene)
 
 
-def generate_game(index: int, *, split: str, seed: int = 0, household: Household | None = None) -> Task:
-    """The same task, its data written out as the dictionary that TextWorld's `PddlEnv.load` takes."""
-    task = generate_task(index, split=split, seed=seed, household=household)
-    return dataclasses.replace(task, data=pddl_game(task.data))
-
-
 def pddl_game(scene: Scene) -> dict:
     """A scene in ALFWorld's format. Only what the room has is declared, which keeps Fast Downward's work small."""
     rtypes, otypes = ({cls for _, cls, *_ in things} for things in (scene.receptacles, scene.objects))
@@ -844,60 +844,6 @@ def pddl_game(scene: Scene) -> dict:
             "pddl_problem": problem, "solvable": True}
 
 
-# ---- 9. The oracle -------------------------------------------------------------------------------------------
-
-def display_names(ids: list[str]) -> dict[str, str]:
-    """PDDL id -> its name in the text. ALFWorld numbers the sorted ids of a class from last to first."""
-    cls = {i: i.lower().split("_bar_")[0] + ("basin" if "basin" in i.lower() else "") for i in ids}
-    left, names = Counter(cls.values()), {}
-    for i in sorted(ids, key=str.lower):
-        names[i] = f"{cls[i]} {left[cls[i]]}"
-        left[cls[i]] -= 1
-    return names
-
-
-def oracle_walkthrough(game: dict) -> list[str]:
-    """Commands that win a game, generated or original, from its full symbolic state: fetch, process, deliver."""
-    init, _, wish = game["pddl_problem"].partition("(:goal")
-    place, class_of, kind_of, spot, start = (dict(re.findall(rf"\({fact} (\w+) (\w+)\)", init)) for fact in (
-        "inReceptacle", "objectType", "receptacleType", "receptacleAtLocation", "atLocation"))
-    names = display_names([*spot, *class_of])
-    shut = set(re.findall(r"\(openable (\w+)\)", init)) - set(re.findall(r"\(opened (\w+)\)", init))
-    here, commands = start["agent1"], []
-
-    def named(table: dict[str, str], variable: str) -> list[str]:
-        return sorted(i for i, cls in table.items() if f" {variable} {cls})" in wish and (i in place or i in spot))
-
-    def visit(receptacle: str, reach_inside: bool = True) -> None:
-        nonlocal here
-        commands.extend([f"go to {names[receptacle]}"] if spot[receptacle] != here else [])
-        here = spot[receptacle]
-        if reach_inside and receptacle in shut:
-            commands.append(f"open {names[receptacle]}")
-            shut.remove(receptacle)
-
-    two = "?o2" in wish
-    targets, goals = named(class_of, r"?o1" if two else "?o"), named(kind_of, "?r")
-    process = next(((machine, verb) for _, machine, fact, verb in PROCESSES.values() if fact in wish), None)
-    goal = max(goals, key=lambda r: sum(place[o] == r for o in targets), default=None)    # where most already are
-    fetch = [o for o in targets if process or place[o] != goal]
-    for target in fetch[:1 + two - (len(targets) - len(fetch))]:
-        visit(place[target])
-        commands.append(f"take {names[target]} from {names[place[target]]}")
-        if process:
-            machine = next(r for r, cls in sorted(kind_of.items()) if cls == f"{process[0]}Type" and r in spot)
-            visit(machine, reach_inside=False)
-            commands.append(f"{process[1]} {names[target]} with {names[machine]}")
-        if goal is None:
-            lamp = named(class_of, "?ot")[0]
-            visit(place[lamp], reach_inside=False)
-            commands.append(f"use {names[lamp]}")
-        else:
-            visit(goal)
-            commands.append(f"move {names[target]} to {names[goal]}")
-    return commands
-
-
 class GeneratedTasks(Sequence):
     """The tasks of a split, made when asked for. An index below 0 or past the end raises IndexError."""
 
@@ -907,13 +853,13 @@ class GeneratedTasks(Sequence):
     def __len__(self) -> int:
         return SPLIT_COUNTS[self.split]
 
-    def __getitem__(self, index: int) -> Task:
+    def __getitem__(self, index: int) -> Task:              # type: ignore[override]    # no slices
         if not 0 <= index < len(self):
             raise IndexError(index)
         return generate_task(index, split=self.split, seed=self.seed, household=self.household)
 
 
-# ---- 10. WebShop: the search engine --------------------------------------------------------------------------
+# ---- 9. WebShop: the search engine --------------------------------------------------------------------------
 #
 # BM25 that ranks as Lucene 9 does under Anserini's defaults (k1 .9, b .4, English analyzer, Porter stems). Lucene computes
 # in 32-bit floats from lengths kept in one byte; both are reproduced, as either one changes what ties, and so the ranking.
@@ -1070,12 +1016,12 @@ def _windows(token: str) -> Iterator[str]:
 @cache
 def _stem() -> Callable[[str], str]:
     """Porter's stemmer with the author's two later rules, bli -> ble and logi -> log, which Lucene has too."""
-    from nltk.stem.porter import PorterStemmer    # here, because the import takes 0.3 s
+    from nltk.stem.porter import PorterStemmer  # here, because the import takes 0.3 s
 
     return PorterStemmer(PorterStemmer.MARTIN_EXTENSIONS).stem
 
 
-# ---- 11. WebShop: products, goals and their score ------------------------------------------------------------
+# ---- 10. WebShop: products, goals and their score ------------------------------------------------------------
 #
 # WebShop (Yao et al. 2022, arXiv 2207.01206) without Flask, Lucene or spaCy. One `Shop` holds what never changes; a
 # shopper's state is one small tuple (`Page`). Observations, action lists, search results and scores are the original's.
@@ -1229,7 +1175,8 @@ class Shop:
         for n, item in enumerate(items):
             asin = item.get("asin") if isinstance(item, Mapping) else None
             if not (isinstance(asin, str) and (asin == "nan" or len(asin) > 10 or asin in self.products)):
-                self.products[asin] = _product(item, n, instructions, rng, source)
+                product = _product(item, n, instructions, rng, source)
+                self.products[product.asin] = product
         if not self.products:
             raise ValueError(f"{source}: the catalogue is empty; get WebShop's data again")
         goals = list(_human_goals(self.products, human, rng) if human is not None
@@ -1245,7 +1192,7 @@ class Shop:
         return tuple(self.asins[i] for i in self.index.search(query, 50))
 
     @classmethod
-    def load(cls, folder: str | Path, *, size: str = "small", goals: str = "synthetic", tagger: str = "auto") -> "Shop":
+    def load(cls, folder: str | Path, *, size: str = "small", goals: str = "synthetic", tagger: str = "auto") -> Shop:
         """The original's files in `folder`: size "small" (the first 1,000 products) or "full", goals "synthetic"
         or "human". Raises ValueError for another size or goals, naming the file for one that is missing or not JSON, and
         what `Shop()` raises."""
@@ -1266,7 +1213,7 @@ class Shop:
         return cls(*loaded, tagger=tagger, source=str(Path(folder) / names[0]))
 
     @classmethod
-    def generated(cls, seed: int = 0, products: int = 1000, *, tagger: str = "auto") -> "Shop":
+    def generated(cls, seed: int = 0, products: int = 1000, *, tagger: str = "auto") -> Shop:
         """A made-up catalogue in the same format; raises what `generate_catalogue` and `Shop()` raise."""
         return cls(*generate_catalogue(seed, products), tagger=tagger, source=f"generated catalogue {seed}")
 
@@ -1302,7 +1249,7 @@ def _product(item: Mapping, n: int, instructions: Mapping, rng: random.Random, s
     except (AttributeError, KeyError, TypeError) as error:
         raise bad("customization_options", "is not of the form {name: [{\"value\": text}, ...]}") from error
     entry = instructions.get(texts["asin"], {})
-    attributes = entry.get("attributes", ["DUMMY_ATTR"]) if isinstance(entry, Mapping) else None
+    attributes: Any = entry.get("attributes", ["DUMMY_ATTR"]) if isinstance(entry, Mapping) else None
     if not _texts(attributes):
         raise bad("attributes", "(in items_ins_v2) is not a list of texts")
     price = prices[0] if len(prices) == 1 else rng.uniform(*prices[:2])
@@ -1355,8 +1302,8 @@ def _human_goals(products: Mapping[str, Product], human: Mapping, rng: random.Ra
         if not isinstance(entries, list):
             raise ValueError(f"items_human_ins: product {asin} is {entries!r}, not a list of instructions")
         for n, entry in enumerate(entries):
-            fields = {name: entry.get(name) if isinstance(entry, Mapping) else None
-                      for name in ("instruction", "instruction_attributes", "instruction_options")}
+            fields: dict[str, Any] = {name: entry.get(name) if isinstance(entry, Mapping) else None
+                                      for name in ("instruction", "instruction_attributes", "instruction_options")}
             options = fields["instruction_options"]
             if isinstance(options, Mapping):                # by name; in other files the values alone
                 fields["instruction_options"] = list(options.values())
@@ -1370,7 +1317,7 @@ def _human_goals(products: Mapping[str, Product], human: Mapping, rng: random.Ra
                 yield Goal(product, text.strip(".") + limit, tuple(attributes), options, upper)
 
 
-# ---- 12. WebShop: pages --------------------------------------------------------------------------------------
+# ---- 11. WebShop: pages --------------------------------------------------------------------------------------
 
 
 class Page(NamedTuple):
@@ -1394,8 +1341,8 @@ def _nodes(shop: Shop, goal: Goal, page: Page) -> Iterator[tuple[str, str]]:
             "Thank you for shopping with us!", "Your code:", "None", "(Paste it in your MTurk interface.)", "Purchased",
             "asin", page.asin, "options", chosen, "attrs", "None", "category", "None", "query", "None", "product category",
             "None", "Target", "asin", "options", "attrs", "price upper", "instuction text", "category", "product category",
-            "query", "Goal", "None", "Reward", "Your score (min 0.0, max 1.0)", str(page.score.total), "Reward Details",
-            "None"))
+            "query", "Goal", "None", "Reward", "Your score (min 0.0, max 1.0)", str(page.score and page.score.total),
+            "Reward Details", "None"))
         return
     if page.kind == "search":
         yield from (("WebShop", "text"), ("Instruction:", "text"), (goal.text, "text"), ("Search", "button"))
@@ -1449,7 +1396,7 @@ def _rich_text(nodes: Sequence[tuple[str, str]], page: Page) -> str:
 class ShopGame:
     """One goal in a shop. `start` and every later `State` can be stepped from again, in any order."""
 
-    def __init__(self, env: "WebShop", task: Task) -> None:
+    def __init__(self, env: WebShop, task: Task) -> None:
         self.env, self.task, self.goal = env, task, task.data
         self.start = self._state(Page())
 
@@ -1510,7 +1457,7 @@ class ShopGame:
     def close(self) -> None:
         """Nothing to give back: games share one immutable shop."""
 
-    def __enter__(self) -> "ShopGame":
+    def __enter__(self) -> ShopGame:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -1574,7 +1521,7 @@ def make_shop(data: str, compact: bool, max_steps: int, seed: int, *, size: str 
     return WebShop(shop, what, max_steps=max_steps, observation=observation, split=split)
 
 
-# ---- 13. WebShop: a made-up catalogue ------------------------------------------------------------------------
+# ---- 12. WebShop: a made-up catalogue ------------------------------------------------------------------------
 
 BRANDS = "acme cedar ember haven lotus nova solis zephyr".split()
 QUALITIES = """adjustable antique certified compact durable foldable handmade imported lightweight magnetic modern organic
@@ -1607,7 +1554,8 @@ def generate_catalogue(seed: int = 0, products: int = 1000, *, loyalty: float = 
     habit = dict(zip(rng.sample(QUALITIES, 12), rng.sample(BRANDS, 4) * 3))
     articles = [(category, crumbs, name) for category, (crumbs, names) in DEPARTMENTS.items() for name in names]
     families = -(-products // 10)
-    items, instructions = [], {}
+    items: list[dict[str, Any]] = []
+    instructions: dict[str, dict[str, Any]] = {}
 
     def put(brand: str, number: int, price: int, colours: list[str], sizes: list[str], features: list[str],
             more: str = "") -> None:

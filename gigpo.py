@@ -94,7 +94,7 @@ def anchor_groups(keys: Sequence[Sequence[str]], *, similarity: float | None = N
         if key in label:
             continue
         known = enumerate(representatives) if similarity else ()
-        label[key] = next((c for c, text in known if _alike(key, text, similarity)), len(representatives))
+        label[key] = next((c for c, text in known if _alike(key, text, similarity or 1)), len(representatives))
         if label[key] == len(representatives):
             representatives.append(key)
     return [np.array([label[key] for key in row], dtype=int) for row in keys]
@@ -163,12 +163,12 @@ def group_advantages(
     charge = [invalid_penalty * ~np.asarray(row, dtype=bool) for row in valid]  # (S_i,) each
     total = episode_returns(rewards)  # (G,)
     returns = step_returns(rewards, gamma)  # (S_i,) each
-    episode = episode_advantages(total, lengths, norm=norm, baseline=baseline)  # (G,)
+    episode = list(episode_advantages(total, lengths, norm=norm, baseline=baseline))  # (G,)
     if penalty_inside:
         scores = np.repeat(total, lengths) - np.concatenate(charge)  # (sum S_i,)
         episode = np.split(normalise(scores, norm), np.cumsum(lengths)[:-1])  # (S_i,) each
         returns = [d - c for d, c in zip(returns, charge)]  # (S_i,) each
-        charge = [0.0] * len(charge)
+        charge = [np.zeros(n) for n in lengths]  # (S_i,) each
     step = step_advantages(returns, anchor_groups(keys, similarity=similarity), norm=norm)  # (S_i,) each
     return [e + omega * s - c for e, s, c in zip(episode, step, charge)]
 

@@ -40,7 +40,8 @@ PREFILL = 16384                             # padded prompt tokens read at once 
 PROBE_ROWS = 8                              # rows of the first probe of generation: as many longest prompts fill a PREFILL
 SPARE = 0.85                                # share of the memory limit that budgets may fill; the rest is for holes
 log = logging.getLogger("siri")             # the program prints it between its lines; a notebook shows it as a warning
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class UserError(Exception):
@@ -203,7 +204,7 @@ class Policy:
         """One batch of `generate`."""
         from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
         ids, mask = self.pad_batch(prompts)                                                        # (B, T) left-padded
-        start, ended = ids.shape[1], {}
+        start, ended = ids.shape[1], dict[int, int]()
 
         def closes_a_tag(ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
             done = torch.isin(ids[:, -1], self.closing)                                            # (B,)
@@ -266,8 +267,8 @@ class Policy:
         with torch.no_grad():
             return self.retry("update_tokens", work)
 
-    def descend(self, optimizer: torch.optim.Optimizer, kinds: Iterable[Sequence[Item]],
-                loss: Callable[[list[Item]], tuple[torch.Tensor, Counter]], grad_clip: float) -> Counter:
+    def descend(self, optimizer: torch.optim.Optimizer, kinds: Iterable[Sequence[Any]],
+                loss: Callable[[list[Any]], tuple[torch.Tensor, Counter]], grad_clip: float) -> Counter:
         """One optimizer step on a loss that is a sum over rows; none if the gradient is not finite. Rows have a length in
         tokens and come by kind; those of a kind share micro-batches. Returns the sums that `loss` gives beside its value,
         the gradient's norm before clipping, and whether the step was skipped."""

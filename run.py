@@ -16,18 +16,20 @@ import csv
 import dataclasses
 import difflib
 import fcntl
+import importlib
+import io
 import json
 import logging
-import math
 import os
 import re
 import shutil
 import signal
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from tools.check import check, missing
@@ -38,7 +40,6 @@ try:
 
     import envs
     import siri
-    import skills
     from policy import Policy, UserError, device_gib
     from siri import PHASES, SPLITS, Config
     from skills import FLAG, NUMBER, TEXT, Form, count, misfit
@@ -82,7 +83,7 @@ def flag(name: str) -> str:
     return "4bit" if name == "four_bit" else name.replace("_", "-")
 
 
-def resolve(given: dict[str, Any], saved: dict[str, Any] = {}) -> tuple[Config, str]:
+def resolve(given: dict[str, Any], saved: Mapping[str, Any] = MappingProxyType({})) -> tuple[Config, str]:
     """Preset, then the settings that a run was saved with, then the user's own, then checks. Returns the config and why
     this preset. UserError if bad."""
     settings = {**saved, **given}
@@ -143,7 +144,8 @@ def load_config(folder: Path, changes: dict[str, Any]) -> Config:
     path = folder / "config.json"
     saved = read_json(path)
     forms = {f.name: f.metadata["form"] for f in dataclasses.fields(Config)}
-    if problem := misfit(saved, {name: forms[name] for name in forms if name in saved} if isinstance(saved, dict) else {}, "settings"):
+    there = {name: forms[name] for name in forms if isinstance(saved, dict) and name in saved}
+    if problem := misfit(saved, there, "settings"):
         raise UserError(f"{path}: {problem}; is it a run folder, and of this version?")
     for f in ("webshop_split", "webshop_size", "webshop_goals") if saved.get("env") == "webshop" else ():
         old = saved.get(f, getattr(Config, f))
@@ -207,7 +209,7 @@ def save_samples(folder: Path, learner: siri.Learner, it: siri.Iteration) -> Non
                      f"# skill: {e.skill.text if e.skill else 'none'}\n# {'success' if e.success else 'failure'}\n")
         lines += [f"[{t}] {s.observation}\n  {s.text}\n  reward {s.reward:g}  advantage {s.advantage:+.2f}"
                   f"{'' if s.valid else '  INVALID'}\n" for t, s in enumerate(e.steps)]
-        weights = siri.token_weights(learner, e, effect)
+        weights = token_weights(learner, e, effect)
         episodes.append(dict(skill=e.skill.text if e.skill else None, success=e.success, steps=[dict(
             observation=s.observation, text=s.text, pieces=[learner.policy.decode([t]) for t in s.response], weights=w,
             reward=s.reward, advantage=s.advantage, valid=s.valid) for s, w in zip(e.steps, weights)]))
@@ -215,6 +217,14 @@ def save_samples(folder: Path, learner: siri.Learner, it: siri.Iteration) -> Non
     write_text(folder / "samples" / f"{it.number:04d}.txt", "\n".join(lines))
     write_json(folder / "samples" / f"{it.number:04d}.json", dict(
         iteration=it.number, phase=it.phase, task=group[0].task.id, goal=group[0].task.goal, episodes=episodes))
+
+
+def token_weights(learner: siri.Learner, e: siri.Episode, effect: float | None) -> list[list[float]]:
+    """What internalization would make of an episode: gate times weight of each response token, for each step. For samples."""
+    if effect is None or e.skill is None:
+        return [[0.0] * len(s.response) for s in e.steps]
+    steps = siri.guided_steps([e], effect, learner.policy, siri.advantage_unit(learner.cfg, learner.env))
+    return [[row.weight * is_open for is_open in row.gate] for row in siri.internalization_rows(steps, learner.bank, learner.cfg)]
 
 
 # ---- 3. Checkpoints --------------------------------------------------------------------------------------------------
@@ -291,7 +301,7 @@ def load_progress(path: Path, vocab: int, n_skills: int) -> siri.Progress:
     if not problem and any(len(s["action"]) != len(s["response"]) for part in data["guided"] for s in part):
         problem = "guided: a step has not one action mark for each token"
     if problem:
-        raise UserError(f"{path}/progress.json: {problem}; resume from another checkpoint, or begin anew if another version wrote it")
+        raise UserError(f"{path}/progress.json: {problem}; resume from another checkpoint, or begin anew (another version's?)")
     data["guided"] = [[siri.GuidedStep(**step) for step in part] for part in data["guided"]]
     return siri.Progress(**data)
 
@@ -378,8 +388,7 @@ def record_iteration(folder: Path, learner: siri.Learner, it: siri.Iteration, ba
         save_samples(folder, learner, it)
     append_metrics(folder, row)
     lines = [f"     mined: {skill.text}" for skill in it.mined] + [f"a group is lost: {cause}" for cause in it.failures]
-    lines += [f"     {skill.state}: {skill.text}  (utility {skill.utility(kappa):.2f}±{skill.stderr(kappa) or math.nan:.2f}, "
-              f"n {skill.n})" for skill in it.judged]
+    lines += [f"     {skill.state}: {skill.text}  ({numbers.utility(skill, kappa)})" for skill in it.judged]
     lines += [f"     warning: {text}" for text in numbers.warnings_of(row, learner.cfg)]
     for line in [*lines, numbers.dense_line(row)]:
         tqdm.write(line)
@@ -388,8 +397,8 @@ def record_iteration(folder: Path, learner: siri.Learner, it: siri.Iteration, ba
                     tok_s=f"{row['rollout_tokens_per_s']:.0f}", refresh=False)
     bar.update()
     if p.failed_groups > LOST_AT_MOST * max(p.groups, 40):
-        raise UserError(f"{p.failed_groups} of {p.groups} groups were lost (limit {LOST_AT_MOST:.0%}); the last: {it.failures[-1]}; "
-                        "mend the environment or its data, or raise --max-prompt")
+        raise UserError(f"{p.failed_groups} of {p.groups} groups were lost (limit {LOST_AT_MOST:.0%}); the last: "
+                        f"{it.failures[-1]}; mend the environment or its data, or raise --max-prompt")
 
 
 def record_evaluation(folder: Path, learner: siri.Learner, played: siri.Evaluation) -> None:
@@ -402,7 +411,8 @@ def record_evaluation(folder: Path, learner: siri.Learner, played: siri.Evaluati
 
 # ---- 5. Command line ---------------------------------------------------------------------------------------------------
 
-ACTIONS = {     # without one: train. A value of "" stands for the action's default
+COMMANDS = ("report", "play", "bench")          # each a module in tools/, which may import this one
+ACTIONS = {     # without one: train
     "check": "can this machine install the requirements?",
     "resume": "go on with a run where it stopped",
     "eval": "play the panel with a run's last checkpoint",
@@ -431,9 +441,10 @@ def make_parser() -> Parser:
                     formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=120))
     group = parser.add_argument_group("actions (without one: train)")
     for name, said in ACTIONS.items():
-        how = (dict(action="store_true", default=False) if name in ("check", "with_skills") else
-               dict(metavar="PARTS" if name == "bench" else "RUN", default=None))
-        group.add_argument(f"--{flag(name)}", help=said, **how, **dict(nargs="?", const="") if name in ("play", "bench") else {})
+        how: dict[str, Any] = dict(metavar="PARTS" if name == "bench" else "RUN", default=None)
+        how |= dict(nargs="?", const="") if name in ("play", "bench") else {}
+        group.add_argument(f"--{flag(name)}", help=said, **dict(action="store_true", default=False)
+                           if name in ("check", "with_skills") else how)
     for f in dataclasses.fields(Config):
         if f.metadata["section"]:
             group = parser.add_argument_group(f.metadata["section"])
@@ -449,7 +460,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, 
     """The actions (resume, eval, ...) and the settings that were given. UserError if bad."""
     given = vars(make_parser().parse_args(argv))
     chosen = argparse.Namespace(**{name: given.pop(name) for name in ACTIONS})
-    several = [f"--{name}" for name in ("resume", "eval", "report", "play", "bench") if getattr(chosen, name) is not None]
+    several = [f"--{name}" for name in ("resume", "eval", *COMMANDS) if getattr(chosen, name) is not None]
     if len(several) > 1:
         raise UserError(f"{' and '.join(several)}: give one of them")
     if chosen.with_skills and chosen.eval is None:
@@ -529,27 +540,21 @@ def evaluate_run(cfg: Config, folder: Path, checkpoint: Path, with_skills: bool)
 
 def act(chosen: argparse.Namespace, given: dict[str, Any], held: ExitStack) -> None:
     """Do what the command line asks for. Locks are given to `held`. Raises Stopped and UserError."""
-    named = next((Path(run) for run in (chosen.report, chosen.play, chosen.eval, chosen.resume) if run), None)
-    if chosen.report is not None:
-        from tools import report
-        print(report.write(Path(chosen.report)))
-    elif chosen.bench is not None:
-        from tools import bench
-        bench.main([name for name in chosen.bench.split(",") if name], resolve(given)[0], resolve, make_environment)
-    elif chosen.play is not None:
-        from tools import play
-        cfg, checkpoint = (load_config(named, given), latest_checkpoint(named)) if named else (resolve(given)[0], None)
-        play.main(cfg, make_environment(cfg), checkpoint)
-    elif named:
-        checkpoint = latest_checkpoint(named)
-        held.enter_context(lock(named))
-        cfg = load_config(named, given)
-        if (named / "results.json").exists():
-            load_results(named)                         # now, and not when the next evaluation has been played
+    for name in COMMANDS:
+        if getattr(chosen, name) is not None:
+            importlib.import_module(f"tools.{name}").command(getattr(chosen, name), given)
+            return
+    if chosen.eval is not None or chosen.resume is not None:
+        folder = Path(chosen.resume if chosen.eval is None else chosen.eval)
+        checkpoint = latest_checkpoint(folder)
+        held.enter_context(lock(folder))
+        cfg = load_config(folder, given)
+        if (folder / "results.json").exists():
+            load_results(folder)                        # now, and not when the next evaluation has been played
         if chosen.eval is not None:
-            evaluate_run(cfg, named, checkpoint, chosen.with_skills)
+            evaluate_run(cfg, folder, checkpoint, chosen.with_skills)
         else:
-            train_run(cfg, named, "saved with the run", checkpoint)
+            train_run(cfg, folder, "saved with the run", checkpoint)
     else:
         cfg, reason = resolve(given)
         cfg.name = cfg.name or f"{cfg.env}-{cfg.preset}-{cfg.variant}-seed{cfg.seed}"
@@ -568,7 +573,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     stopped."""
     before, lines = {which: signal.getsignal(which) for which in SIGNALS}, Lines()
     logging.getLogger("siri").addHandler(lines)
-    if argv is None:
+    if argv is None and isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")       # as standard error: no text ends a run by being unprintable
     try:
         with ExitStack() as held:                               # another call in this process may want the folder

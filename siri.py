@@ -2,29 +2,25 @@
 
     python siri.py --env alfworld            train: warm-up, skill mining, internalization (`run.py` is the program)
 
-    for x in tasks:  roll out a group of G episodes                         `rollout`, `plain_plan`, `paired_plan`
-                     phase 1: write skills from own wins, try each on half of a group       `mine`, `record_effects`
-                     A = A^E + omega A^S - c [invalid]                                         `assign_advantages`
-                     phase 2: w = gate x clip(A) for the actions that a good skill led to   `internalization_rows`
-                     minimise L_GiGPO + beta L_KL + lambda L_int                            `step_loss`, `update`
+    for each iteration:  roll out groups of G episodes                          `rollout`, `plain_plan`, `paired_plan`
+                         phase 1: write skills from own wins, and weigh each by half of a group    `mine`, `record_effects`
+                         A = A^E + omega A^S - c [invalid]                                             `assign_advantages`
+                         phase 2: w = gate x clip(A), for what a good skill led to                  `internalization_rows`
+                         minimise L_GiGPO + beta L_KL + lambda L_int                                 `step_loss`, `update`
 
-Sections: 1 settings, 2 rollout, 3 what a rollout was worth, 4 rows, 5 loss and update, 6 an iteration, 7 the three phases,
-8 evaluation. `train` is a generator: it yields events (`Iteration`, `Evaluation`, ...), and neither prints nor saves; the one
-loop that consumes it is in `run.py`, and a notebook may write its own. The mathematics is pure and elsewhere: `gigpo.py`
-(G1-G8), `skills.py` (S1-S6), `distill.py` (S7-S10). Worlds are in `envs.py`, the model is in `policy.py`.
+Sections: 1 settings, 2 rollout, 3 what a rollout was worth, 4 rows, 5 loss, 6 an iteration, 7 the three phases, 8 evaluation.
+`train` is a generator of events, and neither prints nor saves: the one loop that consumes it is in `run.py`, a notebook may
+write its own. Where is ... a skill put into the prompt: `fit_prompt`; a group split into pairs: `paired_plan`; the loss:
+`step_loss`; the reward, and what changes with it: `advantage_unit`.
 
-Four places that readers look for:
-- where phase 1 pairs rollouts: `paired_plan`;          - what exactly is minimised: `step_loss`;
-- where a skill enters the prompt: `fit_prompt`;        - where the reward is set, and what changes with it: `advantage_unit`.
-
-[P] is the SIRI paper (arXiv 2606.02355), [R] the GiGPO release (arXiv 2505.10978), [O] our choice where the paper's constant
-or detail is not public. What differs from both, and why, is in docs/deviations.md.
+The mathematics is pure and elsewhere: `gigpo.py` (G1-G8), `skills.py` (S1-S6), `distill.py` (S7-S10); worlds are in `envs.py`,
+the model is in `policy.py`. [P] is the SIRI paper (arXiv 2606.02355), [R] the GiGPO release (arXiv 2505.10978), [O] our choice
+where the paper's is not public; what differs from both, and why, is in docs/deviations.md.
 """
 
 from __future__ import annotations
 
-# `python siri.py` starts the program in run.py, which imports this file like any other; here is only the method.
-if __name__ == "__main__":
+if __name__ == "__main__":              # `python siri.py` is the program of run.py, which imports this file as the method
     import sys
 
     import run
@@ -38,6 +34,7 @@ from collections import Counter
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -58,7 +55,7 @@ BAD_STEPS = 3               # optimizer steps in a row without a finite gradient
 # ---- 1. Settings ---------------------------------------------------------------------------------------------
 
 
-def setting(default: Any, meaning: str, form: skills.Form | None = None, *, choices: Sequence[str] = (), section: str = "") -> Any:
+def setting(default: Any, meaning: str, form: skills.Form | None = None, *, choices: Sequence[str] = (), section: str = ""):
     """A field of `Config`: its default, its meaning with unit and source, and what it may be: a number above 0, unless a form
     or choices are given. `section` opens a group of fields. The command line, its help, the check of saved settings and
     docs/settings.md are all made from this."""
@@ -91,7 +88,7 @@ class Config:
     webshop_data: str = setting("", "folder that holds items_shuffle*.json; default a generated catalogue")
     webshop_size: str = setting("small", "the first 1,000 products (small) [R] or all", choices=("small", "full"))
     webshop_goals: str = setting("synthetic", "goals of the data files [R: synthetic]", choices=("synthetic", "human"))
-    webshop_split: str = setting("original", "goals 0-499 test, to 1499 validation; release: 500+ train [R]", choices=tuple(envs.SHOP_SPLITS))
+    webshop_split: str = setting("original", "500 test, 1,000 validation goals; release: 500, 0 [R]", choices=[*envs.SHOP_SPLITS])
     webshop_tagger: str = setting("auto", "nouns of titles: stop-list or an installed spaCy model; auto: the latter if any")
     observation: str = setting("text", "how WebShop's pages are written", choices=("text", "text_rich"))
     compact: bool = setting(False, "small generated worlds, one household or shop (the tiny policy's) [O]")
@@ -190,7 +187,7 @@ class Episode:
     task: envs.Task
     skill: skills.Skill | None
     steps: list[Step] = field(default_factory=list)
-    state: envs.State | None = field(default=None, repr=False)      # where it is now
+    state: envs.State = field(default=None, repr=False)             # type: ignore[assignment]    # where it is now
     prompt: list[int] = field(default_factory=list, repr=False)     # of its next step
     success: bool = False
     score: float = 0.0                                              # 0..1; 1 is success
@@ -277,6 +274,8 @@ def rollout(policy: Policy, env: envs.Environment, plan: Plan, cfg: Config, temp
                     lose(g, error)
             live = [(g, e) for g, e in live if g not in lost and not e.state.done]
     return [[] if g in lost else group for g, group in enumerate(groups)]
+
+
 # ---- 3. What a rollout was worth: advantages (G1-G6) and effects (S4-S6) ---------------------------------------------
 
 
@@ -309,14 +308,11 @@ def record_effects(bank: skills.SkillBank, groups: Sequence[Group], iteration: i
     retired by it. None for a group without a skill."""
     effects: list[float | None] = []
     for group in groups:
-        guided = [e for e in group if e.skill is not None]
-        if not guided:
-            effects.append(None)
-            continue
         # Success, not reward: an effect is a difference of success rates, whatever the benchmark pays.
-        effect = skills.paired_effect([float(e.success) for e in guided],
-                                      [float(e.success) for e in group if e.skill is None])
-        bank.record(guided[0].skill, effect, iteration)
+        plain, guided = ([float(e.success) for e in group if (e.skill is None) == without] for without in (True, False))
+        effect = skills.paired_effect(guided, plain) if guided else None
+        if effect is not None and (skill := group[0].skill):
+            bank.record(skill, effect, iteration)
         effects.append(effect)
     return effects
 
@@ -340,8 +336,8 @@ class Row:
     >>> group = [Episode(task, skill, [won], success=True), Episode(task, None, [lost])]
     >>> for row in rl_rows([group]):
     ...     print(row)
-    Row(prompt=[1, 66, 2], response=[7, 8, 9], advantage=1.0, gate=None, weight=0.0)
-    Row(prompt=[1, 2], response=[7, 5, 9], advantage=-1.0, gate=None, weight=0.0)
+    Row(prompt=[1, 66, 2], response=[7, 8, 9], advantage=1.0, gate=[], weight=0.0)
+    Row(prompt=[1, 2], response=[7, 5, 9], advantage=-1.0, gate=[], weight=0.0)
     >>> effect, = record_effects(bank, [group], iteration=1)
     >>> step = GuidedStep(won.plain, won.response, [False, True, False], won.advantage, skill.id, effect)
     >>> print(*internalization_rows([step], bank, cfg))
@@ -350,7 +346,7 @@ class Row:
     prompt: list[int]
     response: list[int]
     advantage: float = 0.0
-    gate: list[bool] | None = None
+    gate: list[bool] = field(default_factory=list)          # empty: an RL row
     weight: float = 0.0
     old: torch.Tensor | None = field(default=None, repr=False)          # log-probabilities when sampled, G7; None: as now
     reference: torch.Tensor | None = field(default=None, repr=False)    # and under the reference, G8; None: no KL term
@@ -405,14 +401,6 @@ def internalization_rows(steps: Sequence[GuidedStep], bank: skills.SkillBank, cf
             for s, is_open, w, n in zip(steps, gate, weight, lengths)]
 
 
-def token_weights(learner: Learner, e: Episode, effect: float | None) -> list[list[float]]:
-    """What internalization would make of an episode: gate times weight of each response token, for each step. For samples."""
-    if effect is None or e.skill is None:
-        return [[0.0] * len(s.response) for s in e.steps]
-    steps = guided_steps([e], effect, learner.policy, advantage_unit(learner.cfg, learner.env))
-    return [[row.weight * is_open for is_open in row.gate] for row in internalization_rows(steps, learner.bank, learner.cfg)]
-
-
 # ---- 5. Loss and update (S10) ----------------------------------------------------------------------------------------
 
 
@@ -427,8 +415,8 @@ def step_loss(policy: Policy, rows: Sequence[Row], n_rl: int, n_int: int, lam: f
     how the step is cut into micro-batches. Rows whose advantage is 0 have no policy gradient; they are not run at all, which
     leaves them out of L_KL, but their tokens count in n_rl. Nor are gated rows with w = 0, which count in n_int [O].
     """
-    loss, sums = torch.zeros((), device=policy.device), Counter()
-    rl, internal = [r for r in rows if r.gate is None], [r for r in rows if r.gate is not None]
+    loss, sums = torch.zeros((), device=policy.device), Counter[str]()
+    rl, internal = [r for r in rows if not r.gate], [r for r in rows if r.gate]
     if rl:
         logp, entropy = policy.logprobs([r.prompt for r in rl], [r.response for r in rl])                    # (N,) each
         advantage = torch.tensor([r.advantage for r in rl for _ in r.response], device=logp.device)          # (N,)
@@ -469,8 +457,8 @@ def update(policy: Policy, optimizer: torch.optim.Optimizer, rl: Sequence[Row], 
     old = policy.frozen_logprobs(*texts) if n_steps > 1 else unknown        # else the policy is still the one that sampled
     with policy.model.disable_adapter():                                    # the reference is the policy without its adapter
         reference = policy.frozen_logprobs(*texts) if cfg.kl_beta else unknown
-    for r, r.old, r.reference in zip(signal, old, reference):
-        pass
+    for r, logp_old, logp_ref in zip(signal, old, reference):
+        r.old, r.reference = logp_old, logp_ref
     total: Counter = Counter()
     policy.model.train()
     for mine, theirs in shares:
@@ -480,8 +468,8 @@ def update(policy: Policy, optimizer: torch.optim.Optimizer, rl: Sequence[Row], 
         acting, guided = [rl[i] for i in mine if rl[i].advantage != 0.0], [internal[i] for i in theirs if internal[i].weight > 0]
         total.update(rows=len(acting + guided), row_tokens=sum(map(len, acting + guided)))
         if acting or guided:
-            sums = policy.descend(optimizer, (acting, guided), lambda rows: step_loss(policy, rows, n_rl, n_int, lam, cfg),
-                                  cfg.grad_clip)
+            loss = partial(step_loss, policy, n_rl=n_rl, n_int=n_int, lam=lam, cfg=cfg)
+            sums = policy.descend(optimizer, (acting, guided), loss, cfg.grad_clip)
             total.update(sums)
             bad = bad + 1 if sums["skipped"] else 0
         if bad >= BAD_STEPS:
@@ -521,7 +509,7 @@ class Progress:
 
 def make_bank(cfg: Config) -> skills.SkillBank:
     """An empty bank with the constants of these settings."""
-    return skills.SkillBank(max_size=cfg.bank_size, **{name: getattr(cfg, name) for name in skills.CONSTANTS if name != "max_size"})
+    return skills.SkillBank(**{name: getattr(cfg, {"max_size": "bank_size"}.get(name, name)) for name in skills.CONSTANTS})
 
 
 @dataclass

@@ -47,7 +47,8 @@ import envs
 import gigpo
 import siri
 import skills
-from notebooks import bench, figures, play as terminal, report
+from notebooks import bench, figures, report
+from notebooks import play as terminal
 from skills import Skill, SkillBank, SkillRejected
 
 HERE = Path(__file__).resolve().parent

@@ -33,4 +33,6 @@ def check() -> int:
 
 def missing(package: str | None, argv: Sequence[str]) -> int | str:
     """What to exit with when a package can't be imported: the answer to `--check`, or a line that names the package."""
-    return check() if list(argv) == ["--check"] else f"siri: the package {package} is missing: run `pip install -r requirements.txt`"
+    if list(argv) == ["--check"]:
+        return check()
+    return f"siri: the package {package} is missing: run `pip install -r requirements.txt`"

@@ -54,7 +54,8 @@ def read_json(path: Path, form: Any = skills.ANYTHING) -> Any:
 
 RATES = {"n": count(), "successes": count(), "success": NUMBER, "interval": [NUMBER], "mean_steps": NUMBER,
          "invalid_rate": Form(lambda x: isinstance(x, (int, float)), "a number or NaN"), ...: skills.ANYTHING}
-RESULTS = [RATES | {"label": TEXT, "iteration": count(), "panel": TEXT, "skills": FLAG, "kinds": {...: RATES}, "outcomes": {...: FLAG}}]
+RESULTS = [RATES | {"label": TEXT, "iteration": count(), "panel": TEXT, "skills": FLAG, "kinds": {...: RATES},
+                    "outcomes": {...: FLAG}}]
 
 
 def load_results(folder: Path) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ import envs
 import siri
 from policy import peak_gib
 from siri import PHASES, Config
+from skills import Skill
 
 
 def mean(values: Iterable[float]) -> float:
@@ -93,7 +94,8 @@ def summarise(env: envs.Environment, cfg: Config, played: siri.Evaluation) -> di
 def warnings_of(row: dict[str, Any], cfg: Config) -> list[str]:
     """What keeps a run from learning, by an iteration's metrics, and the likely mend."""
     signs = (
-        (row["skipped_steps"], f"{row['skipped_steps']} updates skipped, as their gradient was not finite; if it goes on, lower --lr"),
+        (row["skipped_steps"], f"{row['skipped_steps']} updates skipped, as their gradient was not finite; if it goes on, "
+         "lower --lr"),
         (row["groups"] and row["zero_signal_groups"] == row["groups"], "no group had a signal, as all of its rollouts did equally "
          "well; easier tasks or a larger --group-size help"),
         (row["kl"] > cfg.kl_warn, f"KL {row['kl']:.2f} is above {cfg.kl_warn}, the policy is far from its reference; raise "
@@ -128,6 +130,12 @@ def result_line(r: dict[str, Any], width: int = 20) -> str:
             f"steps {r['mean_steps']:.1f}  invalid {r['invalid_rate']:.3f}")
 
 
+def utility(skill: Skill, kappa: float) -> str:
+    """What a skill is worth: S5 with its standard error, which one pairing does not have, and the number of pairings."""
+    error = skill.stderr(kappa)
+    return f"utility {skill.utility(kappa):.2f}{'' if error is None else f'±{error:.2f}'}, n {skill.n}"
+
+
 def lost_games(played: siri.Evaluation) -> list[str]:
     """A line for each game that was not played to its end."""
     return [f"a game is lost, counted as not solved: {cause}" for cause in played.failures]
@@ -142,4 +150,5 @@ def kind_lines(result: dict[str, Any]) -> list[str]:
 def results_block(folder: Any, results: Sequence[dict[str, Any]]) -> str:
     """What a run reached: one line per evaluation, and the last one per task type."""
     return "\n".join([f"results of {folder} ({results[-1]['panel']}; success with 95% Wilson interval)",
-                      *("  " + result_line(r) for r in results), "per task type, " + results[-1]["label"], *kind_lines(results[-1])])
+                      *("  " + result_line(r) for r in results), "per task type, " + results[-1]["label"],
+                      *kind_lines(results[-1])])

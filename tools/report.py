@@ -18,16 +18,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import siri
 import skills
-from notebooks.figures import STYLE, Series, chart, esc, finite, folded, number, table
+from policy import UserError
+from siri import PHASES, Config
+from skills import ANYTHING, COUNT, FLAG, NUMBER, TEXT, Form, misfit
+from tools.figures import STYLE, Series, chart, esc, finite, folded, number, table
+from tools.files import RESULTS, load_bank, read_json, write_text
+from tools.numbers import wilson
 
-NUMBER = (int, float)
-STEP = dict(observation=str, text=str, pieces=[str], weights=[NUMBER], reward=NUMBER, advantage=NUMBER, valid=bool)
-EPISODE = dict(skill=(str, type(None)), success=bool, steps=[STEP])
-SAMPLE = dict(iteration=int, phase=int, task=str, goal=str, episodes=[EPISODE])
-COUNTS = dict(n=int, successes=int, mean_steps=NUMBER, invalid_rate=NUMBER)
-RESULTS = [COUNTS | dict(label=str, panel=str, skills=bool, iteration=int, kinds={...: COUNTS}, outcomes={...: bool})]
+FLOAT = Form(lambda x: type(x) is float or NUMBER.holds(x), "a number")        # nan where there was nothing to average
+STEP = dict(observation=TEXT, text=TEXT, pieces=[TEXT], weights=[FLOAT], reward=FLOAT, advantage=FLOAT, valid=FLAG)
+EPISODE = dict(skill=Form(lambda x: x is None or isinstance(x, str), "a text or null"), success=FLAG, steps=[STEP])
+SAMPLE = dict(iteration=COUNT, phase=COUNT, task=TEXT, goal=TEXT, episodes=[EPISODE])
+CONFIG = {"env": TEXT, "preset": TEXT, "variant": TEXT, "seed": COUNT, ...: ANYTHING}
 COLUMNS = ("iteration", "phase", "success_plain", "n_plain", "success_skill", "n_skill")    # of every metrics.csv
 CURVES = (      # column of metrics.csv, heading, what it is
     ("kl", "KL to the base model", "Nats per token, k3 estimate"),
@@ -40,35 +43,12 @@ CURVES = (      # column of metrics.csv, heading, what it is
 # ---- 1. Files in ---------------------------------------------------------------------------------------------
 
 
-def conforms(value: Any, form: Any) -> bool:
-    """Whether JSON data has a form: a type or several, [form of every item], {key: form} or {...: form of every value}.
-
-    >>> conforms([{"n": 3}], [{"n": int}]), conforms([{"n": "3"}], [{"n": int}])
-    (True, False)
-    """
-    if isinstance(form, list):
-        return isinstance(value, list) and all(conforms(v, form[0]) for v in value)
-    if isinstance(form, dict):
-        return isinstance(value, dict) and all(
-            all(conforms(v, f) for v in value.values()) if key is ... else key in value and conforms(value[key], f)
-            for key, f in form.items())
-    return isinstance(value, form) and not (isinstance(value, int) and abs(value) > 2**53)     # beyond: no exact float
-
-
-def load(path: Path, form: Any) -> Any:
-    """A file's JSON data. UserError if it can't be read, or doesn't conform to `form`."""
-    data = siri.read_json(path)
-    if not conforms(data, form):
-        raise siri.UserError(f"{path}: is not what siri.py writes there; move it away, or give another run folder")
-    return data
-
-
 def read_results(path: Path) -> list[dict[str, Any]]:
     """The evaluations in results.json; none if it is missing. UserError for data that siri.py did not write."""
-    results = load(path, RESULTS) if path.exists() else []
+    results = read_json(path, RESULTS) if path.exists() else []
     for part in itertools.chain(results, *(r["kinds"].values() for r in results)):
         if not 0 <= part["successes"] <= part["n"]:
-            raise siri.UserError(f"{path}: {part['successes']} successes of {part['n']} games; move it away")
+            raise UserError(f"{path}: {part['successes']} successes of {part['n']} games; move it away")
     return results
 
 
@@ -76,10 +56,10 @@ def read_samples(folder: Path) -> list[dict[str, Any]]:
     """The samples in the order of their file names. UserError for data that siri.py did not write."""
     samples = []
     for path in sorted(folder.glob("*.json")):
-        samples.append(load(path, SAMPLE))
+        samples.append(read_json(path, SAMPLE))
         if samples[-1]["phase"] not in range(3) or any(
                 len(s["pieces"]) != len(s["weights"]) for e in samples[-1]["episodes"] for s in e["steps"]):
-            raise siri.UserError(f"{path}: has an unknown phase, or tokens without a weight; move it away")
+            raise UserError(f"{path}: has an unknown phase, or tokens without a weight; move it away")
     return samples
 
 
@@ -92,11 +72,11 @@ def read_metrics(path: Path) -> tuple[list[dict[str, float]], str]:
         text = path.read_bytes().decode()
         lines = list(csv.reader(io.StringIO(text, newline="")))
     except (OSError, ValueError, csv.Error) as e:
-        raise siri.UserError(f"{path}: cannot be read as CSV ({e}); is this a run folder?") from e
+        raise UserError(f"{path}: cannot be read as CSV ({e}); is this a run folder?") from e
     torn = bool(lines) and not text.endswith("\n")
     header, *lines = lines[:len(lines) - torn] or [[]]
     if missing := [c for c in COLUMNS if header and c not in header]:
-        raise siri.UserError(f"{path}: has no column {missing[0]}; it is not the metrics.csv of a run")
+        raise UserError(f"{path}: has no column {missing[0]}; it is not the metrics.csv of a run")
     rows = []
     for place, cells in enumerate(lines, 2):
         try:
@@ -104,7 +84,7 @@ def read_metrics(path: Path) -> tuple[list[dict[str, float]], str]:
             if rows[-1]["phase"] not in range(3) or not 0 <= rows[-1]["iteration"] < 1e9:
                 raise ValueError("impossible phase or iteration")
         except ValueError as e:
-            raise siri.UserError(f"{path}: line {place} is not a row of metrics ({e}); mend or remove it") from e
+            raise UserError(f"{path}: line {place} is not a row of metrics ({e}); mend or remove it") from e
     remark = "The last line of metrics.csv is torn (a crash, or it was being written) and is left out. " if torn else ""
     return rows, remark + ("" if rows else "metrics.csv has no whole row: this run has not finished an iteration.")
 
@@ -119,7 +99,7 @@ def section(name: str, heading: str, *parts: str) -> str:
 
 def rate(part: dict[str, Any]) -> str:
     """Success with its 95% Wilson interval, as HTML; a dash for n = 0."""
-    lo, hi = siri.wilson(part["successes"], part["n"])
+    lo, hi = wilson(part["successes"], part["n"])
     return f"{part['successes'] / part['n']:.3f} [{lo:.3f}, {hi:.3f}]" if part["n"] else "&ndash;"
 
 
@@ -137,7 +117,7 @@ def header_section(name: str, cfg: dict[str, Any], rows: list[dict], results: li
         Model=cfg.get("model", "not recorded"),
         Versions=", ".join(f"{k} {v}" for k, v in versions.items()) if isinstance(versions, dict) else "not recorded",
         State="finished" if final else "not finished: running, or stopped",
-        Iterations=f"{len(rows)}, the last in {siri.PHASES[int(rows[-1]['phase'])]}" if rows else "none yet")
+        Iterations=f"{len(rows)}, the last in {PHASES[int(rows[-1]['phase'])]}" if rows else "none yet")
     if rows and {"env_steps", "seconds"} <= set(rows[-1]):
         facts["Training"] = f"{rows[-1]['env_steps']:,.0f} environment steps, {rows[-1]['seconds'] / 60:.1f} min"
     listed = "".join(f"<div><dt>{k}</dt><dd>{esc(v)}</dd></div>" for k, v in facts.items())
@@ -150,7 +130,7 @@ def header_section(name: str, cfg: dict[str, Any], rows: list[dict], results: li
 def curves_section(rows: list[dict], results: list[dict], remark: str) -> str:
     """Every curve over iterations, and the numbers behind them as a table."""
     firsts = {r["phase"]: r["iteration"] for r in reversed(rows)}
-    marks = [(x, siri.PHASES[int(phase)]) for phase, x in firsts.items()]
+    marks = [(x, PHASES[int(phase)]) for phase, x in firsts.items()]
     x_range = (0, max([r["iteration"] for r in rows + results], default=0))
     out, kinds, band = [], ("plain", "skill"), "band: one standard error on either side"
 
@@ -169,7 +149,7 @@ def curves_section(rows: list[dict], results: list[dict], remark: str) -> str:
         draw("Success in training", f"Share of the rollouts that reach the goal; {band}",
              [Series(k, column(f"success_{k}", binomial(k))) for k in kinds])
     if results:
-        at = lambda r: (r["iteration"], r["successes"] / r["n"], *siri.wilson(r["successes"], r["n"]))
+        at = lambda r: (r["iteration"], r["successes"] / r["n"], *wilson(r["successes"], r["n"]))
         draw("Evaluations", "Success on a fixed panel; bars: 95% Wilson intervals", [
             Series(f"{esc(panel)}, {'with skills' if guided else 'plain'}",
                    [at(r) for r in results if (r["panel"], r["skills"]) == (panel, guided) and r["n"]],
@@ -186,7 +166,7 @@ def curves_section(rows: list[dict], results: list[dict], remark: str) -> str:
              [Series(state, column(f"skills_{state}")) for state in skills.STATES], None)
     columns = (*COLUMNS, "mean_steps", *(c for c, *_ in CURVES), "solved_tasks", "lam", "internal_rows")
     columns = [c for c in columns if rows and c in rows[0]]
-    cells = [[siri.PHASES[int(r[c])] if c == "phase" else number(r[c]) for c in columns] for r in rows]
+    cells = [[PHASES[int(r[c])] if c == "phase" else number(r[c]) for c in columns] for r in rows]
     cells = [[f"{r['iteration']:.0f}", *line[1:]] for r, line in zip(rows, cells)]
     full = folded(f"The same numbers as a table (iterations: {len(rows)})",
                   table("Metrics by iteration", [c.replace("_", " ") for c in columns], cells))
@@ -199,7 +179,7 @@ def results_section(results: list[dict]) -> str:
     if not results:
         return section("results", "Evaluations", "<p>results.json is missing or empty: nothing has been evaluated yet.</p>")
     score = lambda r: (f"{number(r['score'])} &plusmn; {number(r['score_se'])}"
-                       if conforms(r, dict(score=NUMBER, score_se=NUMBER)) else "&ndash;")
+                       if misfit(r, {"score": FLOAT, "score_se": FLOAT, ...: ANYTHING}, "") == "" else "&ndash;")
     head = ["evaluation", "panel", "prompt", "iteration", "success [95%]", "n", "score &plusmn; s.e.", "steps", "invalid"]
     lines = [[esc(r["label"]), esc(r["panel"]), "with skills" if r["skills"] else "plain", str(r["iteration"]), rate(r),
               str(r["n"]), score(r), number(r["mean_steps"]), number(r["invalid_rate"])] for r in results]
@@ -316,7 +296,7 @@ def samples_section(samples: list[dict], folder: Path) -> str:
             listed = "".join(step_item(t, step, scale) for t, step in enumerate(e["steps"]))
             end = "success" if e["success"] else "failure"
             columns.append(f"<article><h4>{prompt}: {end}, {len(e['steps'])} steps</h4><ol>{listed}</ol></article>\n")
-        parts.append(folded(f"<h3>Iteration {s['iteration']}, {siri.PHASES[s['phase']]}: {esc(s['goal'])}</h3>",
+        parts.append(folded(f"<h3>Iteration {s['iteration']}, {PHASES[s['phase']]}: {esc(s['goal'])}</h3>",
                             f'<p><small>{esc(s["task"])}</small></p><div class="grid2">{"".join(columns)}</div>',
                             "open" if s is samples[-1] else ""))
     return section("samples", "Sample episodes", *parts)
@@ -331,7 +311,7 @@ the plain prompt in phase 2, the line as thick as their weight; for the others t
 
 def config_section(cfg: dict[str, Any]) -> str:
     """Every setting as used, beside its default."""
-    default = {f.name: f.default for f in dataclasses.fields(siri.Config)}
+    default = {f.name: f.default for f in dataclasses.fields(Config)}
     show = lambda v: f"<code>{esc(v)}</code>" if v != "" else "&ndash;"
     rows = [[esc(k), show(v), show(default.get(k, "")), "changed" if v != default.get(k) else ""] for k, v in cfg.items()]
     head = ["setting", "value", "default", "changed?"]
@@ -345,10 +325,10 @@ def config_section(cfg: dict[str, Any]) -> str:
 
 def page(folder: Path) -> str:
     """The whole page. Raises UserError for a folder without config.json, or with files that siri.py did not write."""
-    cfg = load(folder / "config.json", dict(env=str, preset=str, variant=str, seed=int))
+    cfg = read_json(folder / "config.json", CONFIG)
     rows, remark = read_metrics(folder / "metrics.csv")
     results, samples = read_results(folder / "results.json"), read_samples(folder / "samples")
-    bank = siri.load_bank(folder) if (folder / "skills.json").exists() else None
+    bank = load_bank(folder) if (folder / "skills.json").exists() else None
     name = esc(cfg.get("name") or folder.resolve().name)
     links = dict(curves="Curves", results="Evaluations", skills="Skill bank", samples="Sample episodes",
                  config="Configuration")
@@ -371,7 +351,12 @@ def write(folder: Path) -> Path:
     path = folder / "report.html"
     text = page(folder).encode("ascii", "xmlcharrefreplace").decode()           # reads the same in every locale
     try:
-        siri.write_text(path, text)
+        write_text(path, text)
     except OSError as e:
-        raise siri.UserError(f"{path}: cannot be written ({e.strerror})") from e
+        raise UserError(f"{path}: cannot be written ({e.strerror})") from e
     return path
+
+
+def command(run: str, given: dict[str, Any]) -> None:
+    """`--report`: write the page, and say where it is."""
+    print(write(Path(run)))

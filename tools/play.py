@@ -13,12 +13,15 @@ import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 import envs
 import siri
-from notebooks.figures import printable
+from policy import Policy, UserError
+from run import latest_checkpoint, load_config, make_environment, resolve
+from tools.figures import printable
 
 HELP = """Type a command, or its number. Besides:
   ?  the exact prompt that the policy would see now        n  a new game
@@ -42,7 +45,7 @@ def ask() -> str:
     return line
 
 
-def command(line: str, state: envs.State) -> str:
+def meaning(line: str, state: envs.State) -> str:
     """The action that a line means; "" with a remark if it means none."""
     numbered = {str(k): action for k, action in enumerate(state.admissible, 1)}
     action = numbered.get(line, " ".join(line.lower().split()))      # words as `envs.parse_action` takes the policy's
@@ -55,24 +58,23 @@ def command(line: str, state: envs.State) -> str:
     return action
 
 
-def play(env: envs.Environment, task: envs.Task, policy: Callable[[], siri.Policy]) -> bool:
+def play(env: envs.Environment, task: envs.Task, cfg: siri.Config, policy: Callable[[], Policy]) -> bool:
     """One game. Returns whether another one is wanted. UserError if the game can't be opened."""
     try:
         game = env.open(task)
     except (OSError, ValueError, KeyError) as e:
-        raise siri.UserError(f"{task.id}: cannot be opened ({e}); mend or remove it") from e
-    state, turns, watching = game.start, [], False
+        raise UserError(f"{task.id}: cannot be opened ({e}); mend or remove it") from e
+    episode, watching = siri.Episode(task, None, state=game.start), False
 
     def prompt() -> list[int]:
-        return siri.fit_prompt(policy(), task, state, turns, None)
+        return siri.fit_prompt(policy(), cfg, episode, None)
 
     def response() -> str:
-        cfg = policy().cfg
         return policy().decode(policy().generate([prompt()], cfg.eval_temperature, cfg.max_response)[0])
 
     try:
         show(f"\n=== {task.id}\n=== {task.goal}")
-        while not state.done:
+        while not (state := episode.state).done:
             show(f"\n[{state.steps} of {env.max_steps}] {state.observation}")
             if not state.valid:
                 show("(that was not a command that can be done here)")
@@ -90,13 +92,13 @@ def play(env: envs.Environment, task: envs.Task, policy: Callable[[], siri.Polic
                 elif line == "w":
                     watching = True
                 elif line:
-                    action = command(line, state)
+                    action = meaning(line, state)
             if watching:
                 text = response()
                 show(f"the policy: {text}")
                 action = envs.parse_action(text) or ""
-            turns.append(envs.Turn(state.observation, action))
-            state = game.step(state, action)
+            episode.steps.append(siri.Step([], [], "", action, state.observation, state.anchor, None))
+            episode.state = game.step(state, action)
         score = f", score {state.score:.2f}" if env.scored else ""
         show(f"\n{state.observation}\n=== {'success' if state.success else 'not solved'}{score}, {state.steps} steps")
     finally:
@@ -104,16 +106,17 @@ def play(env: envs.Environment, task: envs.Task, policy: Callable[[], siri.Polic
     return True
 
 
-def main(cfg: siri.Config, run: Path | None) -> None:
-    """Games until the person quits. With `run`, the policy is its latest checkpoint, else the preset's base policy.
-    UserError for a run without a sound checkpoint."""
-    checkpoint = siri.latest_checkpoint(run) if run else None
-    env = siri.make_environment(cfg)
-    policy = cache(lambda: siri.Policy(dataclasses.replace(cfg, update_tokens=1), checkpoint))      # no probe of training
+def command(run: str, given: dict[str, Any]) -> None:
+    """`--play`: games until the person quits. The policy is the latest checkpoint of `run`, or with "" the preset's base
+    policy. UserError for a run without a sound checkpoint."""
+    checkpoint = latest_checkpoint(Path(run)) if run else None
+    cfg = load_config(Path(run), given) if run else resolve(given)[0]
+    env = make_environment(cfg)
+    policy = cache(lambda: Policy(dataclasses.replace(cfg, update_tokens=1), checkpoint))      # no probe of training
     tasks = siri.panel_tasks(cfg, env)
     show(f"{env.notice}\npolicy: {checkpoint or cfg.model}\n{HELP}")
     order = np.random.default_rng(cfg.seed).permutation(len(tasks))
     for k in itertools.cycle(order):
-        if not play(env, tasks[int(k)], policy):
+        if not play(env, tasks[int(k)], cfg, policy):
             return
         show("")

@@ -1,7 +1,7 @@
 """Makes assets/tiny/ and assets/tiny-webshop/: the small policies that `python siri.py` starts from on a laptop.
 
-    python notebooks/make_tiny.py                       about 20 minutes on one core
-    python notebooks/make_tiny.py --env webshop         the same; begins with the weights in assets/tiny
+    python tools/make_tiny.py                       about 20 minutes on one core
+    python tools/make_tiny.py --env webshop         the same; begins with the weights in assets/tiny
 
 A Qwen2 network of about a million parameters learns, by imitation, to read the compact prompt, to act in it, to follow a
 skill and to write one. Its teachers are players with common sense, no memory and no luck, in *other* households and
@@ -33,8 +33,8 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import envs                                                          # noqa: E402
-import skills                                                        # noqa: E402
+import envs  # noqa: E402
+import skills  # noqa: E402
 
 CHAT = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")

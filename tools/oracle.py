@@ -1,0 +1,60 @@
+"""A player that sees everything: commands that win any ALFWorld game, for tests, the benchmark and lessons."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+from envs import PROCESSES
+
+
+def display_names(ids: list[str]) -> dict[str, str]:
+    """PDDL id -> its name in the text. ALFWorld numbers the sorted ids of a class from last to first."""
+    cls = {i: i.lower().split("_bar_")[0] + ("basin" if "basin" in i.lower() else "") for i in ids}
+    left, names = Counter(cls.values()), {}
+    for i in sorted(ids, key=str.lower):
+        names[i] = f"{cls[i]} {left[cls[i]]}"
+        left[cls[i]] -= 1
+    return names
+
+
+def oracle_walkthrough(game: dict) -> list[str]:
+    """Commands that win a game, generated or original, from its full symbolic state: fetch, process, deliver."""
+    init, _, wish = game["pddl_problem"].partition("(:goal")
+    place, class_of, kind_of, spot, start = (dict(re.findall(rf"\({fact} (\w+) (\w+)\)", init)) for fact in (
+        "inReceptacle", "objectType", "receptacleType", "receptacleAtLocation", "atLocation"))
+    names = display_names([*spot, *class_of])
+    shut = set(re.findall(r"\(openable (\w+)\)", init)) - set(re.findall(r"\(opened (\w+)\)", init))
+    here, commands = start["agent1"], []
+
+    def named(table: dict[str, str], variable: str) -> list[str]:
+        return sorted(i for i, cls in table.items() if f" {variable} {cls})" in wish and (i in place or i in spot))
+
+    def visit(receptacle: str, reach_inside: bool = True) -> None:
+        nonlocal here
+        commands.extend([f"go to {names[receptacle]}"] if spot[receptacle] != here else [])
+        here = spot[receptacle]
+        if reach_inside and receptacle in shut:
+            commands.append(f"open {names[receptacle]}")
+            shut.remove(receptacle)
+
+    two = "?o2" in wish
+    targets, goals = named(class_of, r"?o1" if two else "?o"), named(kind_of, "?r")
+    process = next(((machine, verb) for _, machine, fact, verb in PROCESSES.values() if fact in wish), None)
+    goal = max(goals, key=lambda r: sum(place[o] == r for o in targets), default=None)    # where most already are
+    fetch = [o for o in targets if process or place[o] != goal]
+    for target in fetch[:1 + two - (len(targets) - len(fetch))]:
+        visit(place[target])
+        commands.append(f"take {names[target]} from {names[place[target]]}")
+        if process:
+            machine = next(r for r, cls in sorted(kind_of.items()) if cls == f"{process[0]}Type" and r in spot)
+            visit(machine, reach_inside=False)
+            commands.append(f"{process[1]} {names[target]} with {names[machine]}")
+        if goal is None:
+            lamp = named(class_of, "?ot")[0]
+            visit(place[lamp], reach_inside=False)
+            commands.append(f"use {names[lamp]}")
+        else:
+            visit(goal)
+            commands.append(f"move {names[target]} to {names[goal]}")
+    return commands
