@@ -25,7 +25,6 @@ from torch import Tensor
 
 # ---- 1. Which tokens (S7) --------------------------------------------------------------------------------------------
 
-
 def action_mask(pieces: Sequence[str]) -> list[bool]:
     """S7: whether each sampled token has a character of the action: the text inside the first `<action>...</action>`.
 
@@ -73,7 +72,6 @@ def action_gate(
 
 # ---- 2. How strongly (S8, S10) ---------------------------------------------------------------------------------------
 
-
 def advantage_weights(advantage: Tensor, a_max: float, *, uniform: bool = False) -> Tensor:
     """S8: `w = clip(A, 0, A_max) / A_max`, in [0, 1], with the shape of `advantage` (G6); `a_max` is in its units.
 
@@ -95,7 +93,6 @@ def lambda_schedule(k: int, lambda_max: float, k_warm: int) -> float:
 
 
 # ---- 3. The loss (S9) ------------------------------------------------------------------------------------------------
-
 
 def internalization_loss(logp_plain: Tensor, weight: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
     """S9: the two halves of `L_int = - sum w log p(token | plain prompt) / sum gate`, as scalars (sum, count).

@@ -25,6 +25,7 @@ import zlib
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from decimal import Decimal
 from functools import cache, lru_cache
@@ -479,8 +480,7 @@ class AlfEngine:
 
 # ---- 4. ALFWorld: games and tasks --------------------------------------------------------------------------
 
-
-class AlfGame:
+class AlfGame(AbstractContextManager):
     """A game, opened on a borrowed engine. `start` and every later `State` can be stepped from again, in any order."""
 
     def __init__(self, env: AlfWorld, task: Task, data: Mapping[str, Any]) -> None:
@@ -517,9 +517,6 @@ class AlfGame:
             _textworld_memory().clear()
             self.env.engines.append(self.engine)
             self.engine = None                  # type: ignore[assignment]    # a closed game is not played
-
-    def __enter__(self) -> AlfGame:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -1159,10 +1156,9 @@ class Shop:
 
     def __init__(self, items: Sequence[Mapping], instructions: Mapping, human: Mapping | None = None, *,
                  tagger: str = "auto", source: str = "items"):
-        """From the contents of the original's files: `items_shuffle`, `items_ins_v2`, and for human goals
-        `items_human_ins`. Raises ValueError naming file, product and field of what is missing or malformed, or the
-        tagger that is not installed. As in the original, a product whose asin is "nan", over 10 characters or taken
-        is left out."""
+        """From the contents of the original's files: `items_shuffle`, `items_ins_v2`, and for human goals `items_human_ins`.
+        Raises ValueError naming file, product and field of what is missing or malformed, or the tagger that is not installed.
+        As in the original, a product whose asin is "nan", over 10 characters or taken is left out."""
         self.tagger = find_tagger() if tagger == "auto" else tagger
         try:
             if "lamp" not in title_nouns("A red lamp", self.tagger):
@@ -1319,7 +1315,6 @@ def _human_goals(products: Mapping[str, Product], human: Mapping, rng: random.Ra
 
 # ---- 11. WebShop: pages --------------------------------------------------------------------------------------
 
-
 class Page(NamedTuple):
     """Where a shopper is. All that changes during an episode."""
     kind: str = "search"                            # search, results, item, description, features, reviews or done
@@ -1393,7 +1388,7 @@ def _rich_text(nodes: Sequence[tuple[str, str]], page: Page) -> str:
     return "\n".join(lines) + "\n"
 
 
-class ShopGame:
+class ShopGame(AbstractContextManager):
     """One goal in a shop. `start` and every later `State` can be stepped from again, in any order."""
 
     def __init__(self, env: WebShop, task: Task) -> None:
@@ -1456,9 +1451,6 @@ class ShopGame:
 
     def close(self) -> None:
         """Nothing to give back: games share one immutable shop."""
-
-    def __enter__(self) -> ShopGame:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -1542,12 +1534,11 @@ SIZES = "small medium large huge".split()
 def generate_catalogue(seed: int = 0, products: int = 1000, *, loyalty: float = 0.95) -> tuple[list[dict], dict]:
     """A catalogue in the format of `items_shuffle` and `items_ins_v2`, both returned, drawn from `seed`.
 
-    Ten near-duplicates of every article: one from each of eight brands; of one of them a twin that is too dear or comes
-    in other colours; of another a lure that lacks its qualities and names the article, and every colour and size, often
-    enough to be found first.
-    They differ in a quality (waterproof, ...) that only the Features page tells and that the search engine doesn't
-    index. A shop has habits: four of the brands make things special, each in three ways; `habit[quality]` is the one that
-    makes them so, for each article with probability `loyalty`. So reading pays, and so does experience: it tells which
+    Ten near-duplicates of every article: one from each of eight brands; of one of them a twin that is too dear or comes in
+    other colours; of another a lure that lacks its qualities and names the article, and every colour and size, often enough
+    to be found first. They differ in a quality (waterproof, ...) that only the Features page tells and that the search engine
+    doesn't index. A shop has habits: four of the brands make things special, each in three ways; `habit[quality]` is the one
+    that makes them so, for each article with probability `loyalty`. So reading pays, and so does experience: it tells which
     brands are worth a look at all, and then which one for what.
     """
     rng = random.Random(f"shop/{seed}")

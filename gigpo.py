@@ -36,7 +36,6 @@ EPS_STD = 1e-4  # reward units: a standard deviation below this counts as zero, 
 
 # ---- 1. Episode-level advantage (G1-G2) ------------------------------------------------------------------------------
 
-
 def episode_returns(rewards: Sequence[Sequence[float]]) -> np.ndarray:
     """G1: `R_i = sum_t r_{i,t}`, undiscounted. `rewards` holds S_i step rewards per rollout; (G,), in their units."""
     return np.array([sum(row) for row in rewards], dtype=float)  # (G,)
@@ -76,7 +75,6 @@ def episode_advantages(
 
 
 # ---- 2. Step-level advantage (G3-G5) ---------------------------------------------------------------------------------
-
 
 def anchor_groups(keys: Sequence[Sequence[str]], *, similarity: float | None = None) -> list[np.ndarray]:
     """G3: label the steps of a group by environment state, across rollouts and time; one (S_i,) int array per rollout.
@@ -133,7 +131,6 @@ def step_advantages(
 
 # ---- 3. Advantage of a group (G6) ------------------------------------------------------------------------------------
 
-
 def group_advantages(
     rewards: Sequence[Sequence[float]],
     keys: Sequence[Sequence[str]],
@@ -149,11 +146,10 @@ def group_advantages(
 ) -> list[np.ndarray]:
     """G6: `A_{i,t} = A^E_i + omega A^S_{i,t} - c [step t invalid]` for one group, G1-G5 included; (S_i,) per rollout.
 
-    `rewards`, `keys` (state texts) and `valid` hold S_i entries per rollout; `c = invalid_penalty`, in advantage units.
-    With `penalty_inside` (release) c is in reward units: it is taken off the invalid step's own scores, `R_i - c` in G2
-    and `D_{i,t} - c` in G5, and nothing is added outside. The steps of a trajectory then differ in their episode score,
-    so this needs `baseline="steps"`. Another baseline with it, lengths that differ, and what G2, G3 and G5 refuse raise
-    ValueError.
+    `rewards`, `keys` (state texts) and `valid` hold S_i entries per rollout; `c = invalid_penalty`, in advantage units. With
+    `penalty_inside` (release) c is in reward units: it is taken off the invalid step's own scores, `R_i - c` in G2 and
+    `D_{i,t} - c` in G5, and nothing is added outside. The steps of a trajectory then differ in their episode score, so this
+    needs `baseline="steps"`. Another baseline with it, lengths that differ, and what G2, G3 and G5 refuse raise ValueError.
     """
     lengths = [len(row) for row in rewards]
     if not lengths == [len(row) for row in keys] == [len(row) for row in valid]:
@@ -174,7 +170,6 @@ def group_advantages(
 
 
 # ---- 4. Log-probabilities in bounded memory --------------------------------------------------------------------------
-
 
 def token_logprobs(
     hidden: Tensor,
@@ -229,7 +224,6 @@ def token_logprobs(
 
 
 # ---- 5. Policy loss, one value per token (G7-G8) ---------------------------------------------------------------------
-
 
 def clipped_surrogate(
     logp: Tensor, logp_old: Tensor, advantage: Tensor, *, clip: float = 0.2, dual_clip: float | None = None

@@ -1,15 +1,12 @@
 """The policy: a chat model with a LoRA adapter. Nothing here knows of skills, advantages or phases.
 
-Read in this order: what a policy needs to be told (`Settings`), loading, prompts in and answers out, log-probabilities,
-memory. The policy pi_theta is the model with its adapter; the reference pi_ref of the KL term (G8) is the same model with
-the adapter switched off (`with policy.model.disable_adapter()`), so there is never a second copy of the weights.
+Sections: 1 loading, 2 prompts in and answers out, 3 log-probabilities and the step on a loss, 4 memory. The reference of the
+KL term (G8) is the same model with its adapter switched off (`with policy.model.disable_adapter()`), never a second copy.
 
-What differs from the usual generate-then-train script, and why:
+What differs from the usual script, and why:
 - Nothing but temperature shapes the sampled distribution (no top-k, top-p or repetition penalty; a model's own
   generation_config is put aside), so that the policy whose log-probabilities are trained is the one that was sampled.
-- A response ends with a stop token, or with the token that completes `</action>` or `</skill>`. That last token was
-  sampled like the others and is trained like them.
-- Text from elsewhere (tasks, pages, skills) can hold no control token (`neutralise`), so that it can't end a turn.
+- A response ends with a stop token, or with the token that completes `</action>` or `</skill>`, trained like the others.
 - Work is cut by a budget of padded tokens, not by a number of rows; the budgets are measured (`fit`).
 
 Axes: B rows (a prompt and its response), T tokens of a row, N response tokens of several rows end to end, H width, V ids.
@@ -30,6 +27,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
+from tqdm import tqdm
 
 import gigpo
 
@@ -39,7 +37,6 @@ TAIL = 16                                   # tokens in which an end tag is look
 PREFILL = 16384                             # padded prompt tokens read at once before generating: bounds their activations
 PROBE_ROWS = 8                              # rows of the first probe of generation: as many longest prompts fill a PREFILL
 SPARE = 0.85                                # share of the memory limit that budgets may fill; the rest is for holes
-log = logging.getLogger("siri")             # the program prints it between its lines; a notebook shows it as a warning
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -65,7 +62,6 @@ class Settings(Protocol):
 
 
 # ---- 1. Loading --------------------------------------------------------------------------------------------
-
 
 def find_model(name: str) -> tuple[str, dict[str, Any]]:
     """Where a model is, and how `from_pretrained` is to be called. UserError for a folder that holds no model."""
@@ -185,9 +181,8 @@ class Policy:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def generate(self, prompts: Sequence[list[int]], temperature: float, max_new: int) -> list[list[int]]:
-        """Sample one response per prompt (at most `max_new` ids, the stop token included), in batches of prompts of
-        like length within `gen_tokens`. Temperature 0 is greedy. UserError if not even a single row fits into
-        memory."""
+        """Sample one response per prompt (at most `max_new` ids, the stop token included), in batches of prompts of like
+        length within `gen_tokens`. Temperature 0 is greedy. UserError if not even a single row fits into memory."""
         out: list[list[int]] = [[] for _ in prompts]
 
         def work() -> None:
@@ -304,28 +299,26 @@ class Policy:
         limit = min(cfg.memory_gib * 2**30, torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved())
         torch.cuda.set_per_process_memory_fraction(limit / total)
         adam = sum(p.numel() for p in self.trainable) * (2 if cfg.four_bit else 8)      # bytes of optimizer state
+        prompt, response = [0] * cfg.max_prompt, [0] * cfg.max_response
+
+        def update(rows: int) -> None:
+            self.model.train()
+            self.logprobs([prompt] * rows, [response] * rows)[0].sum().backward()
+            self.rest()
+
         if not self.gen_tokens:
-            self.gen_tokens = self.budget(self.probe_generation, PROBE_ROWS, cfg.max_prompt + 2, SPARE * limit - adam)
+            self.gen_tokens = self.budget(lambda rows: self.sample([prompt] * rows, 1.0, 2), PROBE_ROWS, cfg.max_prompt + 2,
+                                          SPARE * limit - adam)
         if not self.update_tokens:
-            self.update_tokens = self.budget(self.probe_update, 1, cfg.max_prompt + cfg.max_response, SPARE * limit - adam)
+            self.update_tokens = self.budget(update, 1, cfg.max_prompt + cfg.max_response, SPARE * limit - adam)
         torch.cuda.empty_cache()
-
-    def probe_generation(self, rows: int) -> None:
-        """Generate two tokens after the longest prompts."""
-        self.sample([[0] * self.cfg.max_prompt] * rows, 1.0, 2)
-
-    def probe_update(self, rows: int) -> None:
-        """The forward and backward pass of the longest rows."""
-        self.model.train()
-        self.logprobs([[0] * self.cfg.max_prompt] * rows, [[0] * self.cfg.max_response] * rows)[0].sum().backward()
-        self.rest()
 
     def rest(self) -> None:
         """Drop gradients and leave training mode."""
         self.model.zero_grad(set_to_none=True)
         self.model.eval()
 
-    def budget(self, probe: Callable[[int], None], rows: int, width: int, usable: float) -> int:
+    def budget(self, probe: Callable[[int], Any], rows: int, width: int, usable: float) -> int:
         """Tokens that fit into `usable` bytes, by the peaks of probing `rows` and twice as many rows of `width` tokens.
         UserError if the first probe doesn't fit; if only the second doesn't, the budget is the first one's tokens."""
         cfg = self.cfg
@@ -361,11 +354,10 @@ class Policy:
                 raise UserError("out of memory with a single row: lower --max-prompt and --max-response"
                                 f"{'' if self.cfg.four_bit else ', or add --4bit'}")
             setattr(self, budget, tokens // 2)
-            log.warning("     out of memory: %s is %d from here on; trying again", budget, tokens // 2)
+            tqdm.write(f"     out of memory: {budget} is {tokens // 2} from here on; trying again")
 
 
 # ---- 5. Helpers ------------------------------------------------------------------------------------------------
-
 
 def make_optimizer(policy: Policy, lr: float, weight_decay: float) -> torch.optim.Optimizer:
     """AdamW [R] over the adapter; with 4-bit weights its moments are kept in 8 bits [O]."""

@@ -19,17 +19,15 @@ import fcntl
 import importlib
 import io
 import json
-import logging
 import os
 import re
 import shutil
 import signal
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from tools.check import check, missing
@@ -83,10 +81,10 @@ def flag(name: str) -> str:
     return "4bit" if name == "four_bit" else name.replace("_", "-")
 
 
-def resolve(given: dict[str, Any], saved: Mapping[str, Any] = MappingProxyType({})) -> tuple[Config, str]:
+def resolve(given: dict[str, Any], saved: dict[str, Any] | None = None) -> tuple[Config, str]:
     """Preset, then the settings that a run was saved with, then the user's own, then checks. Returns the config and why
     this preset. UserError if bad."""
-    settings = {**saved, **given}
+    settings = {**(saved or {}), **given}
     preset, reason = settings.get("preset", "auto"), "chosen by --preset"
     if preset == "auto":
         gib = device_gib()
@@ -170,7 +168,6 @@ def make_environment(cfg: Config) -> envs.Environment:
 
 
 # ---- 2. Files ------------------------------------------------------------------------------------------------------
-
 
 def add_result(folder: Path, result: dict[str, Any]) -> None:
     """Append an evaluation; one with the same label, iteration and panel (a repeat after a resume) is replaced.
@@ -338,7 +335,6 @@ def take_back(folder: Path, learner: siri.Learner) -> None:
 
 
 # ---- 4. The loop: events in, files and lines out ---------------------------------------------------------------------
-
 
 class Stop:
     """Signals: the first lets the iteration end and be saved. A second stops at once, and costs this iteration."""
@@ -561,18 +557,9 @@ def act(chosen: argparse.Namespace, given: dict[str, Any], held: ExitStack) -> N
         train_run(cfg, prepare_folder(cfg, held), reason, None)
 
 
-class Lines(logging.Handler):
-    """What modules have to say, between the lines of the progress bar."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(record.getMessage())
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Returns the exit status: 0; 2 after a UserError, on one line of standard error; 130 when
-    stopped."""
-    before, lines = {which: signal.getsignal(which) for which in SIGNALS}, Lines()
-    logging.getLogger("siri").addHandler(lines)
+    """The command line. Returns the exit status: 0; 2 after a UserError, on one line of standard error; 130 when stopped."""
+    before = {which: signal.getsignal(which) for which in SIGNALS}
     if argv is None and isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")       # as standard error: no text ends a run by being unprintable
     try:
@@ -592,6 +579,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("siri: stopped at once", file=sys.stderr)
         return 130
     finally:
-        logging.getLogger("siri").removeHandler(lines)
         for which, handler in before.items():                   # a process that ends has nothing left to stop
             signal.signal(which, signal.SIG_IGN if argv is None else handler)

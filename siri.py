@@ -54,7 +54,6 @@ BAD_STEPS = 3               # optimizer steps in a row without a finite gradient
 
 # ---- 1. Settings ---------------------------------------------------------------------------------------------
 
-
 def setting(default: Any, meaning: str, form: skills.Form | None = None, *, choices: Sequence[str] = (), section: str = ""):
     """A field of `Config`: its default, its meaning with unit and source, and what it may be: a number above 0, unless a form
     or choices are given. `section` opens a group of fields. The command line, its help, the check of saved settings and
@@ -163,7 +162,6 @@ class Config:
 
 
 # ---- 2. Rollout: the one function that plays, for warm-up, pairs and evaluation -------------------------------------
-
 
 @dataclass
 class Step:
@@ -278,7 +276,6 @@ def rollout(policy: Policy, env: envs.Environment, plan: Plan, cfg: Config, temp
 
 # ---- 3. What a rollout was worth: advantages (G1-G6) and effects (S4-S6) ---------------------------------------------
 
-
 def advantage_unit(cfg: Config, env: envs.Environment) -> float:
     """One standard deviation of returns, in units of advantage.
 
@@ -318,7 +315,6 @@ def record_effects(bank: skills.SkillBank, groups: Sequence[Group], iteration: i
 
 
 # ---- 4. Rows: what an update learns from -----------------------------------------------------------------------------
-
 
 @dataclass
 class Row:
@@ -403,7 +399,6 @@ def internalization_rows(steps: Sequence[GuidedStep], bank: skills.SkillBank, cf
 
 # ---- 5. Loss and update (S10) ----------------------------------------------------------------------------------------
 
-
 def step_loss(policy: Policy, rows: Sequence[Row], n_rl: int, n_int: int, lam: float, cfg: Config) -> tuple[torch.Tensor, Counter]:
     """S10: `L = L_GiGPO + beta L_KL + lambda L_int`; the share of a micro-batch of rows, and sums over its tokens for the log.
 
@@ -485,7 +480,6 @@ def update(policy: Policy, optimizer: torch.optim.Optimizer, rl: Sequence[Row], 
 
 
 # ---- 6. One iteration ------------------------------------------------------------------------------------------------
-
 
 @dataclass
 class Progress:
@@ -766,38 +760,33 @@ def last_phase(learner: Learner) -> bool:
 def train(learner: Learner) -> Events:
     """From the first evaluation, or from where a saved run left off, to the end of the last phase. UserError where updates
     keep failing."""
-    p = learner.progress
+    p, panel = learner.progress, panel_tasks(learner.cfg, learner.env)
+    evaluation = partial(evaluate, learner.policy, learner.env, panel, learner.cfg)
     p.finished = p.finished and last_phase(learner) and bool(budget_spent(learner))     # settings may grant a run more
     if p.iteration == 0:
-        yield evaluation(learner, "base")
+        yield evaluation("base")
         yield Milestone()
     while not p.finished:
         reason = yield from (warm_up, mine_and_validate, internalize)[p.phase](learner)
         yield Milestone(reason)
         if last_phase(learner):
             # The bank is thrown away: the policy plays with the plain prompt and nothing else.
-            yield evaluation(learner, "final")
+            yield evaluation("final")
             p.finished = True
         else:
-            yield evaluation(learner, ("after warm-up", "phase 1 plain")[p.phase])
+            yield evaluation(("after warm-up", "phase 1 plain")[p.phase])
             if p.phase == 1:
-                yield evaluation(learner, "phase 1 with skills", learner.bank)
+                yield evaluation("phase 1 with skills", learner.bank)
             p.phase, p.phase_start = p.phase + 1, p.iteration
         yield Milestone()
 
 
 # ---- 8. Evaluation -----------------------------------------------------------------------------------------------------
 
-
 def panel_tasks(cfg: Config, env: envs.Environment) -> list[envs.Task]:
     """The first `panel` tasks of the split, in its order; 0 means all."""
     tasks = env.tasks(cfg.split)
     return [tasks[i] for i in range(min(cfg.panel or len(tasks), len(tasks)))]
-
-
-def evaluation(learner: Learner, label: str, bank: skills.SkillBank | None = None) -> Evaluation:
-    """`evaluate` on the panel."""
-    return evaluate(learner.policy, learner.env, panel_tasks(learner.cfg, learner.env), learner.cfg, label, bank)
 
 
 def evaluate(policy: Policy, env: envs.Environment, panel: Sequence[envs.Task], cfg: Config, label: str,
