@@ -18,7 +18,7 @@ G rollouts of a group, S_i steps of rollout i, V vocabulary, H hidden width.
 >>> rewards = [[0, 0, 10], [0, 0]]  # two rollouts of one task; the first one succeeds
 >>> keys = [["hall", "desk", "shelf"], ["hall", "hall"]]
 >>> [a.round(2).tolist() for a in group_advantages(rewards, keys, valid=[[True] * 3, [True, False]])]
-[[1.86, 0.71, 0.71], [-1.28, -1.38]]
+[[1.86, 0.71, 0.71], [-1.28, -1.48]]
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def group_advantages(
     omega: float = 1.0,
     norm: str = "std",
     baseline: str = "trajectory",
-    invalid_penalty: float = 0.1,
+    invalid_penalty: float = 0.2,
     penalty_inside: bool = False,
     similarity: float | None = None,
 ) -> list[np.ndarray]:

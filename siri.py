@@ -112,6 +112,7 @@ class Config:
     omega: float = setting(1.0, "weight of the step advantage, G6 [R]", number(0))
     norm: str = setting("std", "advantage norm, G2: std, WebShop mean [R]", choices=("std", "mean"))
     baseline: str = setting("trajectory", "what G2's mean is over, in the paper and the release", choices=("trajectory", "steps"))
+    similarity: float = setting(0.0, "likeness of texts that makes states one anchor, G3; 0: equal ones [R]", number(0, most=0.999))
     invalid_penalty: float = setting(0.2, "c of G6, off an invalid step's advantage, in standard deviations [O]", number(0))
     penalty_inside: bool = setting(False, "the release's form: the penalty, in units of reward, inside the normalised returns")
     lr: float = setting(3e-6, "AdamW learning rate [R]")
@@ -294,7 +295,8 @@ def assign_advantages(group: Group, cfg: Config, env: envs.Environment) -> None:
     advantages = gigpo.group_advantages(
         [[s.reward for s in e.steps] for e in group], [[s.anchor for s in e.steps] for e in group],
         [[s.valid for s in e.steps] for e in group], gamma=cfg.gamma, omega=cfg.omega, norm=cfg.norm,
-        baseline=cfg.baseline, invalid_penalty=cfg.invalid_penalty * unit, penalty_inside=cfg.penalty_inside)
+        baseline=cfg.baseline, invalid_penalty=cfg.invalid_penalty * unit, penalty_inside=cfg.penalty_inside,
+        similarity=cfg.similarity or None)
     for e, row in zip(group, advantages):
         for s, value in zip(e.steps, row):
             s.advantage = float(value)
