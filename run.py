@@ -122,7 +122,7 @@ def conflicts(cfg: Config, given: dict[str, Any]) -> Iterable[tuple[str, str]]:
         ("group_size", cfg.group_size % 2 and 1 in siri.VARIANTS[cfg.variant].phases,
          f"paired rollouts need an even group; use {cfg.group_size + 1}, or --variant gigpo"),
         ("four_bit", cfg.four_bit and not device_gib(),
-         f"needs a CUDA device, and none was found: add --no-4bit, or use --preset tiny (this is preset {cfg.preset})"),
+         f"4-bit weights need a CUDA device, and none was found: add --no-4bit, or use --preset tiny (this is preset {cfg.preset})"),
         ("dual_clip", 0 < cfg.dual_clip <= 1, "must be above 1, or 0 for none"),
         ("tau_down", cfg.tau_down > cfg.tau_up, f"must not be above --tau-up {cfg.tau_up}"),
         ("penalty_inside", cfg.penalty_inside and cfg.baseline != "steps",

@@ -53,7 +53,19 @@ from conftest import (
     write_shop,
 )
 from policy import Policy, UserError
-from run import checkpoints, damage, flag, latest_checkpoint, load_checkpoint, load_config, lock, main, parse_arguments, resolve
+from run import (
+    checkpoints,
+    damage,
+    flag,
+    latest_checkpoint,
+    load_checkpoint,
+    load_config,
+    lock,
+    main,
+    make_environment,
+    parse_arguments,
+    resolve,
+)
 from skills import Skill, SkillBank, SkillRejected
 from tools.files import file_hash, write_json
 from tools.numbers import wilson
@@ -244,7 +256,7 @@ no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA 
     (SMALL + " --env webshop --no-compact --prompt-style full --webshop-data ~nosuchuser/x", "~nosuchuser/x/items.*read"),
     (SMALL + " --env webshop --no-compact --webshop-data nowhere", "nowhere/items_shuffle_1000.json: cannot be read"),
     (SMALL + " --group-size 3", "--group-size 3: .*use 4"), (SMALL + " --group-size 0", "--group-size 0"),
-    (SMALL + " --group-size 1 --variant gigpo", "--group-size 1: .*at least 2"),
+    (SMALL + " --group-size 1 --variant gigpo", "--group-size 1: .*>= 2"),
     (SMALL + " --lr nan", "--lr nan"), (SMALL + " --lr inf", "--lr inf"), (SMALL + " --lr -1", "--lr -1"),
     (SMALL + " --temperature 0", "--temperature 0"), (SMALL + " --max-steps 0", "--max-steps 0"),
     (SMALL + " --seed -1", "--seed -1"), (SMALL + " --penalty-inside", "--penalty-inside: .*--baseline steps"),
@@ -395,7 +407,7 @@ def test_three_hundred_iterations_with_faults_end_whole_and_in_flat_memory(tmp_p
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("run.SIGNALS", (signal.SIGUSR1, signal.SIGTERM))
     rng, seen, memory = random.Random(0), Counter(), {}
-    open_game, clip, iterate = envs.AlfWorld.open, torch.nn.utils.clip_grad_norm_, siri.Run.iterate
+    open_game, clip, learn = envs.AlfWorld.open, torch.nn.utils.clip_grad_norm_, siri.learn
     sample = Policy.sample
 
     def faulty_open(env, task):
@@ -415,9 +427,9 @@ def test_three_hundred_iterations_with_faults_end_whole_and_in_flat_memory(tmp_p
             raise torch.OutOfMemoryError("CUDA out of memory")
         return sample(policy, *args)
 
-    def faulty_iterate(run):
-        row = iterate(run)
-        memory[run.progress.iteration] = int(Path("/proc/self/statm").read_text().split()[1])
+    def faulty_learn(learner, *args):
+        row = learn(learner, *args)
+        memory[learner.progress.iteration] = int(Path("/proc/self/statm").read_text().split()[1])
         if rng.random() < 0.05:
             seen["signal"] += 1
             os.kill(os.getpid(), signal.SIGTERM)
@@ -426,7 +438,7 @@ def test_three_hundred_iterations_with_faults_end_whole_and_in_flat_memory(tmp_p
     monkeypatch.setattr(envs.AlfWorld, "open", faulty_open)
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", faulty_clip)
     monkeypatch.setattr(Policy, "sample", faulty_sample)
-    monkeypatch.setattr(siri.Run, "iterate", faulty_iterate)
+    monkeypatch.setattr(siri, "learn", faulty_learn)
     code = main(f"{SMALL} --variant gigpo --groups 2 --group-size 2 --max-steps 4 --panel 2 --warmup-max 296".split())
     while code == 130:
         newest = checkpoints(Path("runs/x"))[0]
@@ -469,11 +481,13 @@ def test_what_the_adapter_is_made_with_cannot_be_changed_later(copied_run, capsy
 def test_the_moments_of_another_optimizer_begin_anew(copied_run, capsys):
     """bitsandbytes keeps other tensors than torch, and --4bit chooses between them."""
     checkpoint = latest_checkpoint(copied_run)
-    run = siri.Run(load_config(copied_run, {}), copied_run, "again", checkpoint)
-    assert run.optimizer.state and "begin anew" not in capsys.readouterr().out
-    run.cfg = dataclasses.replace(run.cfg, four_bit=True)
-    load_checkpoint(run, checkpoint)
-    assert not run.optimizer.state and "begin anew" in capsys.readouterr().out
+    cfg = load_config(copied_run, {})
+    learner = siri.Learner.begin(cfg, make_environment(cfg), Policy(cfg, checkpoint))
+    load_checkpoint(learner, checkpoint)
+    assert learner.optimizer.state and "begin anew" not in capsys.readouterr().out
+    learner.cfg = dataclasses.replace(cfg, four_bit=True)
+    load_checkpoint(learner, checkpoint)
+    assert not learner.optimizer.state and "begin anew" in capsys.readouterr().out
 
 
 def test_one_process_at_a_time_uses_a_run_folder(copied_run, capsys):

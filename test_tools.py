@@ -24,7 +24,7 @@ import envs
 import gigpo
 import siri
 import skills
-from conftest import HERE, bare_run, config, new_bank, slow
+from conftest import HERE, config, learner_of, new_bank, slow
 from policy import Policy, UserError
 from run import add_result, append_metrics, flag, make_parser, parse_arguments, resolve, save_samples
 from tools import bench, figures, report
@@ -43,7 +43,8 @@ def test_the_benchmarks_rollouts_play_the_same_episodes(world):
     """Greedy: a batch that shrinks, one prompt at a time, and a batch of fixed shape."""
     env, policy = world
     tasks = bench.some_tasks(env, 0, 4)[2:]                                 # the second is won before the steps run out
-    ours, alone, padded = (bench.play(p, env, tasks, 2, 0.0) for p in (
+    greedy = dataclasses.replace(policy.cfg, temperature=0.0)
+    ours, alone, padded = (bench.play(p, env, tasks, 2, greedy) for p in (
         policy, bench.one_by_one(policy), bench.max_padded(policy, 4)))
     assert spoken(ours) == spoken(alone) == spoken(padded)
     assert len({len(e.steps) for group in ours for e in group}) > 1         # so the batch did shrink
@@ -62,7 +63,7 @@ def test_the_fixed_batch_keeps_its_shape(world, monkeypatch):
 def test_the_textbook_update_has_our_gradient(world):
     env, policy = world
     torch.manual_seed(0)
-    rows = bench.rows_of(bench.play(policy, env, bench.some_tasks(env, 1, 1), 4, 1.0), policy.cfg)[:9]
+    rows = bench.rows_of(bench.play(policy, env, bench.some_tasks(env, 1, 1), 4, policy.cfg), policy.cfg, env)[:9]
     assert any(r.advantage for r in rows)
     ours, theirs = (bench.one_update(side, policy, rows, policy.cfg)["grad_norm"] for side in ("ours", "textbook"))
     assert ours == pytest.approx(theirs, rel=1e-3) and ours > 0
@@ -212,9 +213,9 @@ def reported(tmp_path):
     steps = [sampled(policy, "<think> find pen </think> <action> go to desk 1 </action>", advantage=1.5, reward=10.0),
              sampled(policy, "<think> find pen </think> <action> look </action>", advantage=-0.75, valid=False)]
     guided = [dataclasses.replace(step, plain=[1]) for step in steps]
-    group = [siri.Episode(task, good, guided, False), siri.Episode(task, None, steps, True)]
-    run = bare_run(policy, folder=folder, bank=bank, progress=siri.Progress(iteration=5, phase=2))
-    save_samples(run, [group], [0.5])
+    group = [siri.Episode(task, good, guided), siri.Episode(task, None, steps, success=True)]
+    learner = learner_of(policy, env=SimpleNamespace(success_reward=10.0), bank=bank)
+    save_samples(folder, learner, siri.Iteration(5, 2, groups=[group], effects=[0.5]))
     return folder
 
 
@@ -394,16 +395,16 @@ def test_a_report_of_warm_up_and_of_values_that_are_not_numbers(reported):
 
 
 @pytest.mark.parametrize("name, content, said", [
-    ("config.json", None, "cannot be read as JSON"), ("config.json", "[]", "not what siri.py writes"),
-    ("config.json", '{"env": "alfworld"}', "not what siri.py writes"),
+    ("config.json", None, "cannot be read as JSON"), ("config.json", "[]", "did not write it so"),
+    ("config.json", '{"env": "alfworld"}', "did not write it so"),
     ("metrics.csv", "a,b\r\n1,2\r\n", "has no column iteration"), ("metrics.csv", b"\xff\xfe\n", "cannot be read as CSV"),
     ("metrics.csv", "{header}1,two\r\n", "line 2 is not a row"), ("metrics.csv", "{header}\r\n", "line 2 is not a row"),
     ("metrics.csv", "{header}" + ",".join(["7"] * 19) + "\r\n", "impossible phase"),
-    ("results.json", "{}", "not what siri.py writes"), ("results.json", "[3]", "not what siri.py writes"),
-    ("results.json", '[{"label": "base"}]', "not what siri.py writes"), ("results.json", "[", "cannot be read as JSON"),
+    ("results.json", "{}", "did not write it so"), ("results.json", "[3]", "did not write it so"),
+    ("results.json", '[{"label": "base"}]', "did not write it so"), ("results.json", "[", "cannot be read as JSON"),
     ("results.json", "more successes", "121 successes of 120 games"),
-    ("skills.json", "{}", "missing or unknown fields"), ("skills.json", "nonsense", "cannot be read as JSON"),
-    ("samples/0005.json", "{}", "not what siri.py writes"), ("samples/0005.json", "a weight less", "tokens without a weight"),
+    ("skills.json", "{}", "kappa is missing"), ("skills.json", "nonsense", "cannot be read as JSON"),
+    ("samples/0005.json", "{}", "did not write it so"), ("samples/0005.json", "a weight less", "tokens without a weight"),
 ])
 def test_a_report_of_foreign_files_is_a_line_that_names_the_file(reported, name, content, said):
     path = reported / name
@@ -474,11 +475,11 @@ class PlayedShop:
         return SimpleNamespace(task=task, start=state, step=step, close=lambda: None)
 
 
-def played(monkeypatch, capsys, lines, run=None, env=None):
-    monkeypatch.setattr("run.make_environment", lambda cfg: env or PlayedShop())
-    monkeypatch.setattr("run.Policy", lambda cfg, checkpoint: tiny_policy())
+def played(monkeypatch, capsys, lines, env=None):
+    monkeypatch.setattr(terminal, "make_environment", lambda cfg: env or PlayedShop())
+    monkeypatch.setattr(terminal, "Policy", lambda cfg, checkpoint: tiny_policy())
     monkeypatch.setattr("sys.stdin", io.StringIO(lines))
-    terminal.main(resolve({"preset": "tiny"})[0], run)
+    terminal.command("", {"preset": "tiny"})
     return capsys.readouterr().out
 
 
@@ -510,13 +511,14 @@ def test_play_shows_the_policys_prompt_and_thoughts(monkeypatch, capsys):
     world = PlayedShop()
     task = world.tasks("valid_seen")[0]
     game = world.open(task)
-    prompt = policy.tokenizer.decode(siri.fit_prompt(policy, task, game.start, [], None))
+    prompt = policy.tokenizer.decode(siri.fit_prompt(policy, policy.cfg, siri.Episode(task, None, state=game.start), None))
     assert figures.printable(prompt) in out and "<|im_start|>" in prompt and "the room" in prompt
     assert out.count("the policy: <think> why not </think> <action> wait </action>") == 2
     assert "enough \ufffd[0m</think>" in out and "=== success, score 1.00, 2 steps" in out
     assert out.count("[0 of 5]") == 2 and out.count("[1 of 5]") == 1        # h moved nothing; w went two steps; then a new game
-    turns = [envs.Turn(game.start.observation, "wait")]
-    later = policy.tokenizer.decode(siri.fit_prompt(policy, task, game.step(game.start, "wait"), turns, None))
+    waited = siri.Step([], [], "", "wait", game.start.observation, "", None)
+    later = siri.Episode(task, None, [waited], game.step(game.start, "wait"))
+    later = policy.tokenizer.decode(siri.fit_prompt(policy, policy.cfg, later, None))
     assert figures.printable(later) in played(monkeypatch, capsys, "wait\n?\n")
 
 
@@ -524,9 +526,9 @@ def test_play_shows_the_policys_prompt_and_thoughts(monkeypatch, capsys):
 def test_play_plays_both_benchmarks_with_a_real_policy(monkeypatch, capsys, env):
     cfg = resolve({"preset": "tiny", "env": env})[0]
     policy = Policy(cfg)
-    monkeypatch.setattr("run.Policy", lambda cfg, checkpoint: policy)
+    monkeypatch.setattr(terminal, "Policy", lambda cfg, checkpoint: policy)
     monkeypatch.setattr("sys.stdin", io.StringIO("2\n?\nw\n"))
-    terminal.main(cfg, None)
+    terminal.command("", {"preset": "tiny", "env": env})
     out = capsys.readouterr().out
     assert re.search(r"=== (success|not solved).*, \d+ steps", out) and "GENERATED" in out
     assert len(re.findall("the policy: <think>", out)) == int(re.search(r", (\d+) steps", out)[1]) - 1 > 0
@@ -534,7 +536,7 @@ def test_play_plays_both_benchmarks_with_a_real_policy(monkeypatch, capsys, env)
 
 def test_play_with_a_run_needs_its_checkpoint(tmp_path):
     with pytest.raises(UserError, match="holds no checkpoint"):
-        terminal.main(resolve({"preset": "tiny"})[0], tmp_path)
+        terminal.command(str(tmp_path), {})
 
 # ---- 3. the lessons --------------------------------------------------------------------------------------------------
 
