@@ -63,22 +63,17 @@ class Settings(Protocol):
 
 # ---- 1. Loading --------------------------------------------------------------------------------------------
 
-def find_model(name: str) -> tuple[str, dict[str, Any]]:
-    """Where a model is, and how `from_pretrained` is to be called. UserError for a folder that holds no model."""
-    shipped = HERE / name                                   # assets/tiny is found from any working directory
-    source = str(shipped) if (shipped / "config.json").exists() else name
-    local = Path(source).is_dir()
-    if local and not (Path(source) / "config.json").exists():
-        raise UserError(f"--model {name}: the folder has no config.json; it must be a model saved by save_pretrained")
-    return source, dict(local_files_only=local, trust_remote_code=False)
-
-
 def load_base(cfg: Settings, device: str) -> tuple[Any, Any]:
     """The tokenizer and the frozen base model, in bf16 on a GPU (or NF4 with `four_bit`), in fp32 on a CPU. UserError for
     a model that can't be loaded or has no chat template."""
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerFast
-    source, how = find_model(cfg.model)
+    shipped = HERE / cfg.model                              # assets/tiny is found from any working directory
+    source = str(shipped) if (shipped / "config.json").exists() else cfg.model
+    local = Path(source).is_dir()
+    if local and not (Path(source) / "config.json").exists():
+        raise UserError(f"--model {cfg.model}: the folder has no config.json; it must be a model saved by save_pretrained")
+    how: dict[str, Any] = dict(local_files_only=local, trust_remote_code=False)
     try:
         # AutoTokenizer would replace the pre-tokenizer of a custom fast tokenizer by Qwen2's own, silently.
         config = Path(source) / "tokenizer_config.json"
@@ -369,8 +364,7 @@ def make_optimizer(policy: Policy, lr: float, weight_decay: float) -> torch.opti
 
 
 def microbatches(items: Iterable[Item], length: Callable[[Item], int], budget: int) -> Iterable[list[Item]]:
-    """The items sorted by length (tokens) and cut where the padded size would exceed the token budget; one above it is
-    alone."""
+    """The items sorted by length (tokens) and cut where the padded size would exceed the token budget; one above it is alone."""
     batch: list[Item] = []
     for item in sorted(items, key=length):
         if batch and (len(batch) + 1) * length(item) > budget:

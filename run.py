@@ -122,7 +122,7 @@ def conflicts(cfg: Config, given: dict[str, Any]) -> Iterable[tuple[str, str]]:
         ("group_size", cfg.group_size % 2 and 1 in siri.VARIANTS[cfg.variant].phases,
          f"paired rollouts need an even group; use {cfg.group_size + 1}, or --variant gigpo"),
         ("four_bit", cfg.four_bit and not device_gib(),
-         f"4-bit weights need a CUDA device, and none was found: add --no-4bit, or use --preset tiny (this is preset {cfg.preset})"),
+         f"4-bit weights need a CUDA device and none was found: add --no-4bit, or use --preset tiny (this is preset {cfg.preset})"),
         ("dual_clip", 0 < cfg.dual_clip <= 1, "must be above 1, or 0 for none"),
         ("tau_down", cfg.tau_down > cfg.tau_up, f"must not be above --tau-up {cfg.tau_up}"),
         ("penalty_inside", cfg.penalty_inside and cfg.baseline != "steps",
@@ -194,34 +194,13 @@ def append_metrics(folder: Path, row: dict[str, Any]) -> None:
         os.fsync(f.fileno())                        # before the checkpoint that counts this row
 
 
-def save_samples(folder: Path, learner: siri.Learner, it: siri.Iteration) -> None:
-    """A plain and a guided episode of one group: prompts are in the code, here is what was seen, thought, done, and what it was
-    worth. As text to read, and as JSON with every token and its weight for the report."""
-    if not it.groups:
-        return
-    group, effect = max(zip(it.groups, it.effects), key=lambda pair: len({e.success for e in pair[0]}))
-    lines, episodes = [], []
-    for e in {e.skill is None: e for e in group}.values():                    # one plain and one guided episode
-        lines.append(f"# iteration {it.number}, {PHASES[it.phase]}, {e.task.id}\n# {e.task.goal}\n"
-                     f"# skill: {e.skill.text if e.skill else 'none'}\n# {'success' if e.success else 'failure'}\n")
-        lines += [f"[{t}] {s.observation}\n  {s.text}\n  reward {s.reward:g}  advantage {s.advantage:+.2f}"
-                  f"{'' if s.valid else '  INVALID'}\n" for t, s in enumerate(e.steps)]
-        weights = token_weights(learner, e, effect)
-        episodes.append(dict(skill=e.skill.text if e.skill else None, success=e.success, steps=[dict(
-            observation=s.observation, text=s.text, pieces=[learner.policy.decode([t]) for t in s.response], weights=w,
-            reward=s.reward, advantage=s.advantage, valid=s.valid) for s, w in zip(e.steps, weights)]))
-    (folder / "samples").mkdir(exist_ok=True)
-    write_text(folder / "samples" / f"{it.number:04d}.txt", "\n".join(lines))
-    write_json(folder / "samples" / f"{it.number:04d}.json", dict(
-        iteration=it.number, phase=it.phase, task=group[0].task.id, goal=group[0].task.goal, episodes=episodes))
-
-
-def token_weights(learner: siri.Learner, e: siri.Episode, effect: float | None) -> list[list[float]]:
-    """What internalization would make of an episode: gate times weight of each response token, for each step. For samples."""
-    if effect is None or e.skill is None:
-        return [[0.0] * len(s.response) for s in e.steps]
-    steps = siri.guided_steps([e], effect, learner.policy, siri.advantage_unit(learner.cfg, learner.env))
-    return [[row.weight * is_open for is_open in row.gate] for row in siri.internalization_rows(steps, learner.bank, learner.cfg)]
+def save_sample(folder: Path, learner: siri.Learner, it: siri.Iteration) -> None:
+    """A plain and a guided episode of one group, as text to read and as JSON for the report."""
+    if it.groups:
+        text, data = numbers.sample(learner, it)
+        (folder / "samples").mkdir(exist_ok=True)
+        write_text(folder / "samples" / f"{it.number:04d}.txt", text)
+        write_json(folder / "samples" / f"{it.number:04d}.json", data)
 
 
 # ---- 3. Checkpoints --------------------------------------------------------------------------------------------------
@@ -381,7 +360,7 @@ def record_iteration(folder: Path, learner: siri.Learner, it: siri.Iteration, ba
     """An iteration's row of metrics, its lines, and now and then a sample. UserError when too many groups have been lost."""
     p, kappa, row = learner.progress, learner.cfg.kappa, numbers.metrics_row(learner, it)
     if it.number % learner.cfg.sample_every == 0:
-        save_samples(folder, learner, it)
+        save_sample(folder, learner, it)
     append_metrics(folder, row)
     lines = [f"     mined: {skill.text}" for skill in it.mined] + [f"a group is lost: {cause}" for cause in it.failures]
     lines += [f"     {skill.state}: {skill.text}  ({numbers.utility(skill, kappa)})" for skill in it.judged]

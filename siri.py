@@ -81,7 +81,8 @@ VARIANTS = {"siri": Variant(), "gigpo": Variant(phases=(0,)), "no_warmup": Varia
 
 @dataclass
 class Config:
-    """Every setting of a run. The command line has one flag for each field; presets are sets of overrides."""
+    """Every setting of a run. The command line has one flag for each field; presets (in `run.py`) are sets of overrides."""
+    # The defaults are the paper's setting on ALFWorld: Qwen2.5-7B-Instruct in 4 bits on one 24 GB GPU.
     env: str = setting("alfworld", "benchmark", choices=tuple(SPLITS), section="task")
     alfworld_data: str = setting("", "folder that holds json_2.1.1/; default $ALFWORLD_DATA, else generated games")
     webshop_data: str = setting("", "folder that holds items_shuffle*.json; default a generated catalogue")
@@ -204,6 +205,7 @@ def fit_prompt(policy: Policy, cfg: Config, e: Episode, skill: skills.Skill | No
         return policy.encode(envs.render_prompt(e.task.goal, state, past, skill=skill.text if skill else None,
                                                 style=cfg.prompt_style, window=window, world=cfg.env))
 
+    # Every step has a prompt of its own [R]: there is no conversation that grows, so a row is never longer than `max_prompt`.
     state, past = e.state, [envs.Turn(s.observation, s.action) for s in e.steps]
     for window in range(cfg.history, -1, -1):
         ids = render(window, state)
@@ -255,6 +257,7 @@ def rollout(policy: Policy, env: envs.Environment, plan: Plan, cfg: Config, temp
             for (g, e), response in zip(live, responses):
                 if g in lost:
                     continue
+                # What can't be parsed is sent as "", which no world admits: it costs a step, and c of G6 [O].
                 text = policy.decode(response)
                 action = envs.parse_action(text) or ""
                 # S9 distils into the prompt that the policy would have had without the skill: it is kept beside the real one.
@@ -290,7 +293,9 @@ def advantage_unit(cfg: Config, env: envs.Environment) -> float:
 
 def assign_advantages(group: Group, cfg: Config, env: envs.Environment) -> None:
     """G1-G6 for one group: sets each step's `advantage`."""
-    # Both halves of a pair are one group, so that an anchor state compares a guided action with a plain one.
+    # Both halves of a pair are one group, so that an anchor state compares a guided action with a plain one [O].
+    # The penalty stays outside the normalised returns [O]: inside, as in the release, one bad step of a lost group would weigh
+    # as much as the whole group's spread, since nothing else in it differs.
     unit = 1.0 if cfg.penalty_inside else advantage_unit(cfg, env)
     advantages = gigpo.group_advantages(
         [[s.reward for s in e.steps] for e in group], [[s.anchor for s in e.steps] for e in group],
@@ -307,7 +312,8 @@ def record_effects(bank: skills.SkillBank, groups: Sequence[Group], iteration: i
     retired by it. None for a group without a skill."""
     effects: list[float | None] = []
     for group in groups:
-        # Success, not reward: an effect is a difference of success rates, whatever the benchmark pays.
+        # Success, not reward: an effect is a difference of success rates, whatever the benchmark pays. One group of 4 + 4
+        # says little (its deviation is near .3); the bank shrinks a skill's mean until it has been tried often.
         plain, guided = ([float(e.success) for e in group if (e.skill is None) == without] for without in (True, False))
         effect = skills.paired_effect(guided, plain) if guided else None
         if effect is not None and (skill := group[0].skill):
@@ -385,6 +391,7 @@ def internalization_rows(steps: Sequence[GuidedStep], bank: skills.SkillBank, cf
         return []
     lengths, variant = [len(s.response) for s in steps], VARIANTS[cfg.variant]
 
+    # Responses of unequal length become a rectangle, whose padding no gate ever opens for.
     def pad(rows: Iterable[list[bool]]) -> torch.Tensor:
         return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
 
@@ -415,9 +422,11 @@ def step_loss(policy: Policy, rows: Sequence[Row], n_rl: int, n_int: int, lam: f
     loss, sums = torch.zeros((), device=policy.device), Counter[str]()
     rl, internal = [r for r in rows if not r.gate], [r for r in rows if r.gate]
     if rl:
+        # Only sampled tokens are here, never a prompt's: the mask is by provenance. The stop token was sampled, and counts.
         logp, entropy = policy.logprobs([r.prompt for r in rl], [r.response for r in rl])                    # (N,) each
         advantage = torch.tensor([r.advantage for r in rl for _ in r.response], device=logp.device)          # (N,)
         old = torch.cat([r.old for r in rl]) if rl[0].old is not None else logp.detach()                     # (N,)
+        # An advantage belongs to a step, and each token of its response has it in full (G6).
         surrogate = gigpo.clipped_surrogate(logp, old, advantage, clip=cfg.clip, dual_clip=cfg.dual_clip or None).sum()
         kl = torch.zeros_like(surrogate)
         if rl[0].reference is not None:
@@ -427,6 +436,7 @@ def step_loss(policy: Policy, rows: Sequence[Row], n_rl: int, n_int: int, lam: f
         sums.update(pg_loss=surrogate.item() / n_rl, kl=kl.item(), entropy=entropy.sum().item(), clipped=clipped.item(),
                     tokens=len(logp))
     if internal:
+        # The prompt is the plain one, the response was sampled under a skill: this is where the skill moves into the weights.
         logp, _ = policy.logprobs([r.prompt for r in internal], [r.response for r in internal])              # (N,)
         gate = torch.tensor([g for r in internal for g in r.gate], device=logp.device)                       # (N,)
         weight = torch.tensor([r.weight for r in internal for _ in r.response], device=logp.device)          # (N,)
@@ -448,6 +458,7 @@ def update(policy: Policy, optimizer: torch.optim.Optimizer, rl: Sequence[Row], 
     if internal:
         n_steps = max(n_steps, math.ceil(len(internal) / cfg.distill_rows) * cfg.distill_epochs)
         order = np.concatenate([rng.permutation(len(internal)) for _ in range(cfg.distill_epochs)])
+    # RL rows are spread over as many steps as internalization needs: the KL term then holds the policy in each of them.
     shares = zip(np.array_split(rng.permutation(len(rl)), n_steps), np.array_split(order, n_steps))
     signal = [r for r in rl if r.advantage != 0.0]
     texts, unknown = ([r.prompt for r in signal], [r.response for r in signal]), [None] * len(signal)
@@ -611,6 +622,7 @@ def mine(learner: Learner) -> list[skills.Skill]:
     """S1: the current policy reads its own plain wins and writes one skill for each. Returns those that were accepted; the
     others are counted by reason."""
     cfg, p, policy, bank = learner.cfg, learner.progress, learner.policy, learner.bank
+    # Each win is read once. No other model ever writes a skill [P], and what is written is judged by pairs alone.
     wins, p.wins, accepted = p.wins, [], []
     # A prompt is cut from the left: of a long story the end is what won.
     prompts = [policy.encode(skills.mining_prompt(w["goal"], w["steps"], cfg.prompt_style,
@@ -627,6 +639,7 @@ def mine(learner: Learner) -> list[skills.Skill]:
 def play(learner: Learner, it: Iteration, plan: Plan) -> None:
     """Roll the plan out, and find what each rollout was worth: advantages, effects, and what to keep for phase 2."""
     cfg, p, bank = learner.cfg, learner.progress, learner.bank
+    # A lost group teaches nothing: its failure was the environment's, not the policy's.
     it.groups = [g for g in rollout(learner.policy, learner.env, plan, cfg, cfg.temperature, it.failures) if g]
     it.rollout_s = time.perf_counter() - it.started
     for group in it.groups:
@@ -656,6 +669,7 @@ def learn(learner: Learner, it: Iteration, internal: Sequence[Row] = (), lam: fl
     as `update`."""
     cfg, p, started = learner.cfg, learner.progress, time.perf_counter()
     rl, lr = rl_rows(it.groups), cfg.distill_lr if internal else cfg.lr
+    # One optimizer for all phases, its moments kept; only its rate changes where rows are distilled [O].
     for g in learner.optimizer.param_groups:
         g["lr"] = lr
     it.stats = dict(lam=lam, internal_rows=len(internal), lr=lr) | update(
@@ -706,6 +720,7 @@ def mine_and_validate(learner: Learner) -> Events:
     promoted, bad ones retired (S2, S6). It keeps learning by GiGPO from both halves of each group."""
     while not (reason := budget_spent(learner) or enough_active(learner)):
         it = begin_iteration(learner)
+        # Mined first, so that a skill can be tried in the iteration in which it was written.
         if learner.age % learner.cfg.mine_every == 0:
             it.mined = mine(learner)
         play(learner, it, paired_plan(learner, explore=True))
@@ -776,6 +791,7 @@ def train(learner: Learner) -> Events:
             yield evaluation("final")
             p.finished = True
         else:
+            # What the weights have learnt by now, and after mining also what the bank would add: the ablation.
             yield evaluation(("after warm-up", "phase 1 plain")[p.phase])
             if p.phase == 1:
                 yield evaluation("phase 1 with skills", learner.bank)
@@ -798,6 +814,7 @@ def evaluate(policy: Policy, env: envs.Environment, panel: Sequence[envs.Task], 
     The same games and the same seed whatever the checkpoint, and the state of training is left as it was. A game that was
     lost (`rollout`) is an episode without steps, and not solved. UserError as `rollout`, and if all were lost.
     """
+    # One seed for all checkpoints and variants, so that they meet the same dice on the same games: comparisons are paired.
     torch.manual_seed(stable_seed(0, "evaluate"))
     failures: list[str] = []
     episodes, started, at_once = [], time.perf_counter(), max(1, cfg.groups * cfg.group_size)

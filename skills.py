@@ -372,22 +372,20 @@ def misfit(value: Any, form: Any, name: str) -> str:
     >>> misfit({"n": [1, -1]}, {"n": [COUNT]}, "file")
     'file.n[1] is -1, expected a whole number >= 0'
     """
+    shown = f"{name} is {repr(value)[:60]}, expected "
     if isinstance(form, Form):
-        return "" if form.holds(value) else f"{name} is {repr(value)[:60]}, expected {form.words}"
+        return "" if form.holds(value) else shown + form.words
     if isinstance(form, list):
         if not isinstance(value, list):
-            return f"{name} is {repr(value)[:60]}, expected a list"
-        if isinstance(form[0], Form) and all(map(form[0].holds, value)):        # quick for long lists of numbers
-            return ""
-        return next(filter(None, (misfit(item, form[0], f"{name}[{i}]") for i, item in enumerate(value))), "")
-    if not isinstance(value, dict):
-        return f"{name} is {repr(value)[:60]}, expected an object"
-    wrong = [key for key in form if key is not ... and key not in value]
-    wrong += [key for key in value if key not in form and ... not in form]
-    if wrong:
-        return f"{name}: {str(wrong[0])[:60]} is {'unknown' if wrong[0] in value else 'missing'}"
-    return next(filter(None, (misfit(item, form.get(key, form.get(...)), f"{name}.{str(key)[:60]}")
-                              for key, item in value.items())), "")
+            return shown + "a list"
+        parts = ((item, form[0], f"{name}[{i}]") for i, item in enumerate(value))
+    else:
+        if not isinstance(value, dict):
+            return shown + "an object"
+        if wrong := [k for k in form if k is not ... and k not in value] + [k for k in value if k not in form and ... not in form]:
+            return f"{name}: {str(wrong[0])[:60]} is {'unknown' if wrong[0] in value else 'missing'}"
+        parts = ((item, form.get(key, form.get(...)), f"{name}.{str(key)[:60]}") for key, item in value.items())
+    return next(filter(None, (misfit(*part) for part in parts)), "")
 
 
 def number(least: float = -math.inf, *, above: float = -math.inf, most: float = math.inf) -> Form:

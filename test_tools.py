@@ -26,7 +26,7 @@ import siri
 import skills
 from conftest import HERE, config, learner_of, new_bank, slow
 from policy import Policy, UserError
-from run import add_result, append_metrics, flag, make_parser, parse_arguments, resolve, save_samples
+from run import add_result, append_metrics, flag, make_parser, parse_arguments, resolve, save_sample
 from tools import bench, figures, report
 from tools import play as terminal
 from tools.files import read_json, write_json
@@ -215,7 +215,7 @@ def reported(tmp_path):
     guided = [dataclasses.replace(step, plain=[1]) for step in steps]
     group = [siri.Episode(task, good, guided), siri.Episode(task, None, steps, success=True)]
     learner = learner_of(policy, env=SimpleNamespace(success_reward=10.0), bank=bank)
-    save_samples(folder, learner, siri.Iteration(5, 2, groups=[group], effects=[0.5]))
+    save_sample(folder, learner, siri.Iteration(5, 2, groups=[group], effects=[0.5]))
     return folder
 
 

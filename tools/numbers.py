@@ -1,4 +1,4 @@
-"""Numbers of a run, and how they are written: intervals, a row of metrics.csv, an entry of results.json, the lines on the screen.
+"""What a run shows of itself: intervals, a row of metrics.csv, an entry of results.json, a sample, the lines on the screen.
 
 Made of what `siri.py` yields, and used by the program, the report, the benchmark and the notebooks alike. Every rate comes with
 its n and an interval or standard error.
@@ -70,6 +70,32 @@ def metrics_row(learner: siri.Learner, it: siri.Iteration) -> dict[str, Any]:
         rejected=sum(bank.rejected.values()), **{f"skills_{state}": n for state, n in bank.counts().items()},
         **stats, rollout_s=it.rollout_s, update_s=it.update_s, rollout_tokens_per_s=sampled / it.rollout_s,
         update_tokens_per_s=stats["row_tokens"] / it.update_s, peak_gib=peak_gib())
+
+
+def token_weights(learner: siri.Learner, e: siri.Episode, effect: float | None) -> list[list[float]]:
+    """What internalization would make of an episode: gate times weight of each response token (S7, S8), for each step."""
+    if effect is None or e.skill is None:
+        return [[0.0] * len(s.response) for s in e.steps]
+    steps = siri.guided_steps([e], effect, learner.policy, siri.advantage_unit(learner.cfg, learner.env))
+    return [[row.weight * is_open for is_open in row.gate] for row in siri.internalization_rows(steps, learner.bank, learner.cfg)]
+
+
+def sample(learner: siri.Learner, it: siri.Iteration) -> tuple[str, dict[str, Any]]:
+    """A plain and a guided episode of one group, of one with both outcomes if there is any: what was seen, thought, done, and
+    what it was worth. As text to read, and as data with every token and its weight."""
+    group, effect = max(zip(it.groups, it.effects), key=lambda pair: len({e.success for e in pair[0]}))
+    lines, episodes = [], []
+    for e in {e.skill is None: e for e in group}.values():
+        lines.append(f"# iteration {it.number}, {PHASES[it.phase]}, {e.task.id}\n# {e.task.goal}\n"
+                     f"# skill: {e.skill.text if e.skill else 'none'}\n# {'success' if e.success else 'failure'}\n")
+        lines += [f"[{t}] {s.observation}\n  {s.text}\n  reward {s.reward:g}  advantage {s.advantage:+.2f}"
+                  f"{'' if s.valid else '  INVALID'}\n" for t, s in enumerate(e.steps)]
+        weights = token_weights(learner, e, effect)
+        episodes.append(dict(skill=e.skill.text if e.skill else None, success=e.success, steps=[dict(
+            observation=s.observation, text=s.text, pieces=[learner.policy.decode([t]) for t in s.response], weights=w,
+            reward=s.reward, advantage=s.advantage, valid=s.valid) for s, w in zip(e.steps, weights)]))
+    return "\n".join(lines), dict(iteration=it.number, phase=it.phase, task=group[0].task.id, goal=group[0].task.goal,
+                                  episodes=episodes)
 
 
 def summarise(env: envs.Environment, cfg: Config, played: siri.Evaluation) -> dict[str, Any]:
