@@ -20,7 +20,8 @@ where the paper's is not public; what differs from both, and why, is in docs/dev
 
 from __future__ import annotations
 
-if __name__ == "__main__":              # `python siri.py` is the program of run.py, which imports this file as the method
+# `python siri.py` starts the program, which is in run.py and imports this file like any other; the method imports nothing above it.
+if __name__ == "__main__":
     import sys
 
     import run
