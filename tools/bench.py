@@ -296,7 +296,7 @@ def rollouts(cfg: siri.Config, rounds: int, quick: bool) -> list[Row]:
                 found["one_by_one"]["rate"], ">= 5", work=work("one_by_one")),
             row("rollouts", "rollout against a batch of fixed shape", "new tokens/s", ours["rate"], "max padded",
                 found["max_padded"]["rate"], ">= 1.5", work=work("max_padded")),
-            row("rollouts", "share of the environment in our rollout", "%", ours["environment"], require="<= 15")]
+            row("rollouts", "share of the environment in our rollout", "%", ours["environment"], require="<= 11")]
 
 
 @add_part
