@@ -41,7 +41,7 @@ try:
     from policy import Policy, UserError, device_gib
     from siri import PHASES, SPLITS, Config
     from skills import FLAG, NUMBER, TEXT, Form, count, misfit
-    from tools import numbers
+    from tools import metrics
     from tools.files import file_hash, load_bank, load_results, read_json, sync, write_json, write_text
 except ModuleNotFoundError as error:
     sys.exit(missing(error.name, sys.argv[1:]))
@@ -197,7 +197,7 @@ def append_metrics(folder: Path, row: dict[str, Any]) -> None:
 def save_sample(folder: Path, learner: siri.Learner, it: siri.Iteration) -> None:
     """A plain and a guided episode of one group, as text to read and as JSON for the report."""
     if it.groups:
-        text, data = numbers.sample(learner, it)
+        text, data = metrics.sample(learner, it)
         (folder / "samples").mkdir(exist_ok=True)
         write_text(folder / "samples" / f"{it.number:04d}.txt", text)
         write_json(folder / "samples" / f"{it.number:04d}.json", data)
@@ -307,10 +307,10 @@ def load_checkpoint(learner: siri.Learner, path: Path) -> None:
 def take_back(folder: Path, learner: siri.Learner) -> None:
     """Bring a run's files to where its checkpoint is: what was written after it will be written again."""
     write_json(folder / "skills.json", learner.bank.to_json())
-    metrics = folder / "metrics.csv"
-    if metrics.exists():                            # a header and a line for each iteration; the last may be torn
-        lines = metrics.read_bytes().decode(errors="replace").splitlines(keepends=True)          # ends are \r\n
-        write_text(metrics, "".join(lines[:1 + learner.progress.iteration]))
+    table = folder / "metrics.csv"
+    if table.exists():                              # a header and a line for each iteration; the last may be torn
+        lines = table.read_bytes().decode(errors="replace").splitlines(keepends=True)            # ends are \r\n
+        write_text(table, "".join(lines[:1 + learner.progress.iteration]))
 
 
 # ---- 4. The loop: events in, files and lines out ---------------------------------------------------------------------
@@ -358,14 +358,14 @@ def consume(learner: siri.Learner, folder: Path, stop: Stop) -> None:
 
 def record_iteration(folder: Path, learner: siri.Learner, it: siri.Iteration, bar: tqdm) -> None:
     """An iteration's row of metrics, its lines, and now and then a sample. UserError when too many groups have been lost."""
-    p, kappa, row = learner.progress, learner.cfg.kappa, numbers.metrics_row(learner, it)
+    p, kappa, row = learner.progress, learner.cfg.kappa, metrics.metrics_row(learner, it)
     if it.number % learner.cfg.sample_every == 0:
         save_sample(folder, learner, it)
     append_metrics(folder, row)
     lines = [f"     mined: {skill.text}" for skill in it.mined] + [f"a group is lost: {cause}" for cause in it.failures]
-    lines += [f"     {skill.state}: {skill.text}  ({numbers.utility(skill, kappa)})" for skill in it.judged]
-    lines += [f"     warning: {text}" for text in numbers.warnings_of(row, learner.cfg)]
-    for line in [*lines, numbers.dense_line(row)]:
+    lines += [f"     {skill.state}: {skill.text}  ({metrics.utility(skill, kappa)})" for skill in it.judged]
+    lines += [f"     warning: {text}" for text in metrics.warnings_of(row, learner.cfg)]
+    for line in [*lines, metrics.dense_line(row)]:
         tqdm.write(line)
     bar.set_description(PHASES[it.phase], refresh=False)
     bar.set_postfix(plain=f"{row['success_plain']:.2f}", skill=f"{row['success_skill']:.2f}",
@@ -378,9 +378,9 @@ def record_iteration(folder: Path, learner: siri.Learner, it: siri.Iteration, ba
 
 def record_evaluation(folder: Path, learner: siri.Learner, played: siri.Evaluation) -> None:
     """An evaluation's entry in results.json, and its line."""
-    p, result = learner.progress, numbers.summarise(learner.env, learner.cfg, played)
+    p, result = learner.progress, metrics.summarise(learner.env, learner.cfg, played)
     add_result(folder, result | dict(checkpoint=f"iteration {p.iteration}", iteration=p.iteration, env_steps=p.env_steps))
-    for line in (*numbers.lost_games(played), numbers.result_line(result)):
+    for line in (*metrics.lost_games(played), metrics.result_line(result)):
         tqdm.write(line)
 
 
@@ -497,7 +497,7 @@ def train_run(cfg: Config, folder: Path, reason: str, checkpoint: Path | None) -
         raise UserError(f"{e}; then go on with --resume {folder}") from e
     except KeyboardInterrupt:
         raise Stopped(f"stopped at once; go on with: python siri.py --resume {folder}") from None
-    print(numbers.results_block(folder, load_results(folder)))
+    print(metrics.results_block(folder, load_results(folder)))
 
 
 def evaluate_run(cfg: Config, folder: Path, checkpoint: Path, with_skills: bool) -> None:
@@ -507,9 +507,9 @@ def evaluate_run(cfg: Config, folder: Path, checkpoint: Path, with_skills: bool)
     bank, label = (load_bank(checkpoint), "eval with skills") if with_skills else (None, "eval")
     policy = Policy(dataclasses.replace(cfg, update_tokens=1), checkpoint)      # nothing is trained: no probe of it
     played = siri.evaluate(policy, env, siri.panel_tasks(cfg, env), cfg, label, bank)
-    result = numbers.summarise(env, cfg, played)
+    result = metrics.summarise(env, cfg, played)
     add_result(folder, result | dict(checkpoint=checkpoint.name, iteration=int(checkpoint.name.split("-")[0])))
-    for line in (*numbers.lost_games(played), numbers.result_line(result), *numbers.kind_lines(result)):
+    for line in (*metrics.lost_games(played), metrics.result_line(result), *metrics.kind_lines(result)):
         print(line)
 
 

@@ -68,7 +68,7 @@ from run import (
 )
 from skills import Skill, SkillBank, SkillRejected
 from tools.files import file_hash, write_json
-from tools.numbers import wilson
+from tools.metrics import wilson
 
 # ---- 1. whole runs ---------------------------------------------------------------------------------------------------
 

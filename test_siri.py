@@ -19,7 +19,7 @@ from conftest import SMALL, bank_with, close, config, gradient, learner_of, new_
 from policy import Policy, UserError
 from run import main, make_environment
 from skills import Skill
-from tools.numbers import warnings_of, wilson
+from tools.metrics import warnings_of, wilson
 from tools.oracle import oracle_walkthrough
 
 # ---- 1. rollouts -----------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import doctest
 import html
+import importlib
 import io
 import json
 import math
@@ -25,12 +26,13 @@ import gigpo
 import siri
 import skills
 from conftest import HERE, config, learner_of, new_bank, slow
+from conftest import metrics as run_metrics
 from policy import Policy, UserError
-from run import add_result, append_metrics, flag, make_parser, parse_arguments, resolve, save_sample
-from tools import bench, figures, report
+from run import ACTIONS, add_result, append_metrics, flag, parse_arguments, resolve, save_sample
+from tools import bench, figures, metrics, report
 from tools import play as terminal
 from tools.files import read_json, write_json
-from tools.numbers import wilson
+from tools.metrics import wilson
 
 # ---- 1. the benchmark ------------------------------------------------------------------------------------------------
 
@@ -581,12 +583,14 @@ def test_a_notebook_runs_and_shows_what_the_modules_hold_now(path):
 # ---- 4. What the documentation promises ------------------------------------------------------------------------------
 
 
-README = (HERE / "README.md").read_text() if (HERE / "README.md").exists() else ""
-COMMANDS = [line.strip() for block in re.findall(r"```bash\n(.*?)```", README.replace("\\\n", " "), re.S)
+README = (HERE / "README.md").read_text()
+PAGES = [HERE / "README.md", *sorted(HERE.glob("docs/*.md"))]
+COMMANDS = [line.strip() for page in PAGES for block in re.findall(r"```bash\n(.*?)```", page.read_text().replace("\\\n", " "), re.S)
             for line in re.split(r"\n|&&", block) if line.strip() and not line.strip().startswith("#")]
+MODULES = ("gigpo", "skills", "distill", "envs", "policy", "siri", "run")
 
 
-@pytest.mark.parametrize("module", [gigpo, distill, skills, envs, siri, report], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [gigpo, distill, skills, envs, siri, metrics, figures], ids=lambda module: module.__name__)
 def test_examples_in_docstrings_run(module):
     result = doctest.testmod(module)
     assert result.attempted > 0 and result.failed == 0
@@ -606,13 +610,54 @@ def test_the_mathematics_is_pure(name):
     assert not any(isinstance(node, ast.Global) for node in ast.walk(tree))
 
 
+def imports_of(path):
+    """The project's own modules that a file imports, at any depth but under `if __name__ == "__main__"`."""
+    tree = ast.parse(path.read_text())
+    tree.body = [node for node in tree.body if not (isinstance(node, ast.If) and "__name__" in ast.dump(node.test))]
+    names = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            names += [node.module] + [f"{node.module}.{alias.name}" for alias in node.names]
+    own = {*MODULES, *(f"tools.{p.stem}" for p in HERE.glob("tools/*.py"))}
+    return {name for name in names if name in own}
+
+
+def test_every_room_imports_only_what_is_below_it():
+    """No circle: the method knows neither run nor tools, the policy no SIRI, the mathematics nothing of the house."""
+    floors = [{"gigpo", "skills", "distill", "envs"}, {"policy"}, {"siri"}, {"tools.metrics", "tools.files", "tools.check"}, {"run"}]
+    below = set()
+    for floor in floors:
+        for name in floor:
+            assert imports_of(HERE / f"{name.replace('.', '/')}.py") <= below, name
+        below |= floor
+    assert imports_of(HERE / "policy.py") == {"gigpo"}
+    method = ast.parse((HERE / "siri.py").read_text())
+    names = {node.id for node in ast.walk(method) if isinstance(node, ast.Name)}
+    names |= {alias.name for node in ast.walk(method) if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names}
+    assert not names & {"open", "print", "Path", "pathlib", "os", "json", "tqdm", "shutil"}
+
+
+@pytest.mark.parametrize("name", ["siri", "policy", "run"])
+def test_no_function_is_longer_than_a_screen(name):
+    functions = [n for n in ast.walk(ast.parse((HERE / f"{name}.py").read_text())) if isinstance(n, ast.FunctionDef)]
+    assert [f.name for f in functions if f.end_lineno - f.lineno >= 60] == []
+
+
+def test_the_pages_of_settings_and_columns_are_complete(runs):
+    from tools import settings_page
+    assert (HERE / "docs/settings.md").read_text() == settings_page.page()
+    columns = {*run_metrics(runs[0])[0], "score_plain", "score_plain_se", "score_skill", "score_skill_se"}
+    told = (HERE / "docs/glossary.md").read_text().partition("## The columns")[2]
+    assert columns == set(re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`.*?) \|", told, re.M))))
+
+
 def test_the_readme_has_the_command_that_trains_and_the_one_that_tests():
     assert any(command.startswith("python siri.py --env alfworld") for command in COMMANDS)
     assert re.search(r"^python -m pytest.*$", README, re.M)                    # the line that .ci/run takes from there
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_readme_commands_are_valid(command):
+def test_commands_of_the_pages_are_valid(command):
     words = [word for word in shlex.split(command, comments=True) if not re.fullmatch(r"\w+=\S*", word)]
     for word in words[1:]:
         assert not re.fullmatch(r"[\w/]+\.(py|txt|ipynb|md)", word) or (HERE / word).exists(), word
@@ -623,23 +668,29 @@ def test_readme_commands_are_valid(command):
 
 
 @pytest.mark.parametrize("file", ["bench.json", "bench-cuda.json"])
-def test_the_readmes_performance_tables_are_those_of_the_files(file):
+def test_the_performance_tables_are_those_of_the_files(file):
     measured = json.loads((HERE / "assets" / file).read_text())
-    assert not measured["quick"] and bench.markdown(measured) in (HERE / "README.md").read_text()
+    assert not measured["quick"] and bench.markdown(measured) in (HERE / "docs/performance.md").read_text()
 
 
-def test_readme_names_exist():
-    """Files, functions, tests and flags in back-quotes."""
-    options = {flag(field.name) for field in dataclasses.fields(siri.Config)} | {
-        "help", *(action.replace("_", "-") for action in make_parser()[1])}
-    modules = dict(gigpo=gigpo, distill=distill, skills=skills, envs=envs, siri=siri)
-    assert "`gigpo." in README and "`test_" in README
-    for name in re.findall(r"`([^`\n]+)`", README):
-        if match := re.fullmatch(r"(gigpo|distill|skills|envs|siri)\.(\w+)(\.\w+)?(\(.*\))?", name):
-            assert match[2] in ("py", "json") or hasattr(modules[match[1]], match[2]), name
-        if re.fullmatch(r"test_\w+", name) and name != "test_siri":
-            assert name in globals(), name
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_names_on_a_page_exist(page):
+    """Files, functions, tests and flags in back-quotes; links to other pages."""
+    options = {flag(field.name) for field in dataclasses.fields(siri.Config)} | {"help", *map(flag, ACTIONS)}
+    tests = {name for path in HERE.glob("test_*.py") for name in re.findall(r"^def (test_\w+)", path.read_text(), re.M)}
+    for name in re.findall(r"`([^`\n]+)`", page.read_text()):
+        if match := re.fullmatch(rf"({'|'.join(MODULES)})\.(\w+)(\.\w+)?(\(.*\))?", name):
+            assert match[2] in ("py", "json") or hasattr(importlib.import_module(match[1]), match[2]), name
+        if re.fullmatch(r"test_\w+", name):
+            assert name in tests, name
         if re.fullmatch(r"[\w./-]+\.(py|txt|ipynb)", name):
             assert (HERE / name).exists(), name
         if match := re.fullmatch(r"--(no-)?([a-z0-9-]+)( .*)?", name):
             assert match[2] in options, name
+    for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+        assert (page.parent / link).exists(), link
+
+
+def test_the_equations_of_the_readme_name_function_and_test():
+    tags = re.findall(r"^\| ([GS]\d+) \|.*`(?:gigpo|skills|distill|siri)\..*`test_", README, re.M)
+    assert tags == [f"G{i}" for i in range(1, 9)] + [f"S{i}" for i in range(1, 11)]

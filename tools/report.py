@@ -24,7 +24,7 @@ from siri import PHASES, Config
 from skills import ANYTHING, COUNT, FLAG, NUMBER, TEXT, Form, misfit
 from tools.figures import STYLE, Series, chart, esc, finite, folded, number, table
 from tools.files import RESULTS, load_bank, read_json, write_text
-from tools.numbers import wilson
+from tools.metrics import wilson
 
 FLOAT = Form(lambda x: type(x) is float or NUMBER.holds(x), "a number")        # nan where there was nothing to average
 STEP = dict(observation=TEXT, text=TEXT, pieces=[TEXT], weights=[FLOAT], reward=FLOAT, advantage=FLOAT, valid=FLAG)
