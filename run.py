@@ -410,7 +410,7 @@ class Parser(argparse.ArgumentParser):
 
 def make_parser() -> Parser:
     """The command line: the actions, and a flag for each of Config's fields."""
-    parser = Parser(usage="python siri.py [action] [--setting value ...]", description=siri.__doc__.split("\n\n")[0],
+    parser = Parser(usage="python siri.py [action] [--setting value ...]", description="SIRI: an agent that learns from its own skills.",
                     epilog="[P] the SIRI paper, [R] the GiGPO release, [O] our choice. Defaults are the paper preset's.",
                     allow_abbrev=False, argument_default=argparse.SUPPRESS,
                     formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=120))
@@ -494,9 +494,10 @@ def train_run(cfg: Config, folder: Path, reason: str, checkpoint: Path | None) -
     try:
         consume(learner, folder, Stop())
     except UserError as e:
-        raise UserError(f"{e}; then go on with --resume {folder}") from e
+        raise UserError(f"{e}{f'; then go on with --resume {folder}' if checkpoints(folder) else ''}") from e
     except KeyboardInterrupt:
-        raise Stopped(f"stopped at once; go on with: python siri.py --resume {folder}") from None
+        after = f"go on with: python siri.py --resume {folder}" if checkpoints(folder) else "nothing was to be saved yet"
+        raise Stopped(f"stopped at once; {after}") from None
     print(metrics.results_block(folder, load_results(folder)))
 
 
