@@ -410,7 +410,8 @@ class Parser(argparse.ArgumentParser):
 
 def make_parser() -> Parser:
     """The command line: the actions, and a flag for each of Config's fields."""
-    parser = Parser(usage="python siri.py [action] [--setting value ...]", description="SIRI: an agent that learns from its own skills.",
+    parser = Parser(usage="python siri.py [action] [--setting value ...]",
+                    description="SIRI: an agent that learns from its own skills.",
                     epilog="[P] the SIRI paper, [R] the GiGPO release, [O] our choice. Defaults are the paper preset's.",
                     allow_abbrev=False, argument_default=argparse.SUPPRESS,
                     formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=120))
