@@ -24,9 +24,11 @@ import torch
 import envs
 import siri
 from policy import Policy
-from run import PRESETS, latest_checkpoint, main, make_environment, resolve
+from run import main
 from skills import SkillBank
+from tools.files import latest_checkpoint
 from tools.oracle import oracle_walkthrough
+from tools.settings import PRESETS, make_environment, resolve
 
 HERE = Path(__file__).resolve().parent
 TINY = PRESETS["tiny"]["alfworld"]["model"]                                   # the policy that comes with the program

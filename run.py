@@ -1,12 +1,13 @@
-"""One run: its settings, its folder, and the command line. What is learnt, and how, is in `siri.py`, whose events are consumed
+"""One run: its folder, its checkpoints, and the command line. What is learnt, and how, is in `siri.py`, whose events are consumed
 here: shown, written to files, and answered by checkpoints.
 
-Read in this order: settings (flags over what a run was saved with over a preset), what is shown, files, checkpoints, the loop,
-the command line. A run folder holds config.json (every setting as used), metrics.csv (a row for each iteration), results.json
-(evaluations), skills.json (the bank), samples/ and checkpoints/. Only JSON, CSV and safetensors are ever read back.
+Sections: 1 files, 2 checkpoints, 3 the loop, 4 the command line. Presets and flags are in `tools/settings.py`, what is shown in
+`tools/metrics.py`, how files are read and written in `tools/files.py`.
 
-Every file is written aside and renamed, and a checkpoint carries the hashes of its files. So a run can be killed at any
-moment and resumed to the same result; a damaged checkpoint is named, and the one before is used.
+A run folder holds config.json (every setting as used), metrics.csv (a row for each iteration), results.json (evaluations),
+skills.json (the bank), samples/ and checkpoints/. Only JSON, CSV and safetensors are ever read back. Every file is written aside
+and renamed, and a checkpoint carries the hashes of its files. So a run can be killed at any moment and resumed to the same
+result; a damaged checkpoint is named, and the one before is used.
 """
 
 from __future__ import annotations
@@ -16,16 +17,14 @@ import csv
 import dataclasses
 import difflib
 import fcntl
-import importlib
 import io
 import json
 import os
-import re
 import shutil
 import signal
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -36,13 +35,23 @@ try:
     import torch
     from tqdm import tqdm
 
-    import envs
     import siri
-    from policy import Policy, UserError, device_gib
-    from siri import PHASES, SPLITS, Config
+    from policy import Policy, UserError
+    from siri import PHASES, Config
     from skills import FLAG, NUMBER, TEXT, Form, count, misfit
-    from tools import metrics
-    from tools.files import file_hash, load_bank, load_results, read_json, sync, write_json, write_text
+    from tools import bench, metrics, play, report
+    from tools.files import (
+        checkpoints,
+        file_hash,
+        latest_checkpoint,
+        load_bank,
+        load_results,
+        read_json,
+        sync,
+        write_json,
+        write_text,
+    )
+    from tools.settings import flag, load_config, make_environment, resolve
 except ModuleNotFoundError as error:
     sys.exit(missing(error.name, sys.argv[1:]))
 
@@ -54,120 +63,7 @@ class Stopped(Exception):
     """The user or the system asked the run to stop, and everything is saved."""
 
 
-# ---- 1. Settings -----------------------------------------------------------------------------------------------
-
-TINY = dict(
-    model="assets/tiny", four_bit=False, compact=True, prompt_style="compact", max_steps=10, lora_r=16, lora_alpha=32,
-    max_prompt=512, max_response=24, eval_temperature=1.0, gen_tokens=65536, update_tokens=4096, groups=8, lr=2e-3,
-    minibatch=4096, invalid_penalty=0.5, warmup_max=16, n_req=40, floor=0.4, mining_max=14, mine_every=1, mine_wins=32,
-    n_eval=3, kappa=1.0, active_req=14, distill_max=8, distill_lr=1e-3, panel=120, sample_every=5)
-SMOKE = TINY | dict(groups=2, group_size=4, warmup_max=2, n_req=1, floor=0.0, mining_max=2, n_eval=1, mine_wins=4,
-                    distill_max=2, distill_min=1, active_req=1, panel=8, tau_up=-1.0, tau_down=-1.0)
-PAPER48 = dict(groups=8, memory_gib=44.0, four_bit=False)
-SHOP = dict(max_steps=15, max_prompt=4096, norm="mean", split="test")
-# The tiny shopper's thought names the choice that its action repeats, so whole responses are distilled [O].
-TINY_SHOP = dict(model="assets/tiny-webshop", max_steps=15, split="test", distill_tokens="response")
-PRESETS: dict[str, dict[str, dict[str, Any]]] = {
-    "paper": dict(alfworld={}, webshop=SHOP),                           # one 24 GB GPU
-    "paper48": dict(alfworld=PAPER48, webshop=PAPER48 | SHOP),          # one 48 GB GPU, bf16
-    "tiny": dict(alfworld=TINY, webshop=TINY | TINY_SHOP | dict(        # a laptop, 10 minutes. Of a response's tokens, one
-        minibatch=400, n_req=90, mining_max=10, tau_up=0.1, distill_max=6, distill_epochs=2,            # carries the choice,
-        lambda_max=10.0)),                                                                              # hence this lambda
-    "smoke": dict(alfworld=SMOKE, webshop=SMOKE | TINY_SHOP)}           # the whole path in a minute, for tests
-
-
-def flag(name: str) -> str:
-    """The command-line name of a Config field."""
-    return "4bit" if name == "four_bit" else name.replace("_", "-")
-
-
-def resolve(given: dict[str, Any], saved: dict[str, Any] | None = None) -> tuple[Config, str]:
-    """Preset, then the settings that a run was saved with, then the user's own, then checks. Returns the config and why
-    this preset. UserError if bad."""
-    settings = {**(saved or {}), **given}
-    preset, reason = settings.get("preset", "auto"), "chosen by --preset"
-    if preset == "auto":
-        gib = device_gib()
-        preset = ("paper48" if gib > 40 else "paper") if gib else "tiny"
-        reason = f"CUDA device with {gib:.0f} GiB" if gib else "no CUDA device"
-    for name, value, allowed in (("preset", preset, PRESETS), ("env", settings.get("env", Config.env), SPLITS)):
-        if value not in allowed:
-            raise UserError(f"--{name} {value}: must be one of {', '.join(allowed)}")
-    cfg = Config(**{**PRESETS[preset][settings.get("env", Config.env)], **settings, "preset": preset})
-    for f in dataclasses.fields(cfg):
-        value, form = getattr(cfg, f.name), f.metadata["form"]
-        if not form.holds(value):
-            raise UserError(f"--{flag(f.name)} {str(value)[:20]}: must be {form.words}")
-    for name, problem in conflicts(cfg, given):
-        value = getattr(cfg, name)
-        raise UserError(f"--{flag(name)}{'' if isinstance(value, bool) else f' {value}'}: {problem}")
-    if cfg.env == "webshop" and cfg.webshop_tagger == "auto":
-        cfg.webshop_tagger = envs.find_tagger()
-    return cfg, reason
-
-
-def conflicts(cfg: Config, given: dict[str, Any]) -> Iterable[tuple[str, str]]:
-    """What does not go together: a field, and what is wrong with it and how to mend it. A setting without effect is refused
-    where it is given, and not where a run was saved with it."""
-    own = "add --preset paper (or --no-compact and a --model of your own)"
-    for names, needed, there in (
-            ("alfworld_data", "--env alfworld", cfg.env == "alfworld"),
-            ("webshop_data webshop_split webshop_tagger observation", "--env webshop", cfg.env == "webshop"),
-            ("webshop_size webshop_goals", "--webshop-data", cfg.webshop_data)):
-        for name in names.split():
-            if not there and given.get(name, getattr(Config, name)) != getattr(Config, name):
-                yield name, f"has no effect without {needed}; add that, or leave it out"
-    rules = [
-        ("split", cfg.split not in SPLITS[cfg.env], f"must be one of {', '.join(SPLITS[cfg.env])}"),
-        ("group_size", cfg.group_size % 2 and 1 in siri.VARIANTS[cfg.variant].phases,
-         f"paired rollouts need an even group; use {cfg.group_size + 1}, or --variant gigpo"),
-        ("four_bit", cfg.four_bit and not device_gib(),
-         f"4-bit weights need a CUDA device and none was found: add --no-4bit, or use --preset tiny (this is preset {cfg.preset})"),
-        ("dual_clip", 0 < cfg.dual_clip <= 1, "must be above 1, or 0 for none"),
-        ("tau_down", cfg.tau_down > cfg.tau_up, f"must not be above --tau-up {cfg.tau_up}"),
-        ("penalty_inside", cfg.penalty_inside and cfg.baseline != "steps",
-         "the release's penalty is per step row; add --baseline steps"),
-        ("alfworld_data", cfg.compact and cfg.alfworld_data, f"the tiny policy knows only its own small household; {own}"),
-        ("webshop_data", cfg.compact and cfg.webshop_data, f"the tiny policy knows only its own small shop; {own}"),
-        ("observation", cfg.prompt_style == "compact" and cfg.observation != "text",
-         "the tiny policy reads text only; add --prompt-style full and a --model of your own"),
-        ("name", cfg.name and not re.fullmatch(r"\w[\w.+-]*", cfg.name),
-         "letters, digits and . _ + - only, beginning with a letter or digit")]
-    yield from ((name, problem) for name, wrong, problem in rules if wrong)
-
-
-def load_config(folder: Path, changes: dict[str, Any]) -> Config:
-    """The settings that a run was saved with, changed by the flags of this call. UserError if they are malformed or
-    don't go together."""
-    path = folder / "config.json"
-    saved = read_json(path)
-    forms = {f.name: f.metadata["form"] for f in dataclasses.fields(Config)}
-    there = {name: forms[name] for name in forms if isinstance(saved, dict) and name in saved}
-    if problem := misfit(saved, there, "settings"):
-        raise UserError(f"{path}: {problem}; is it a run folder, and of this version?")
-    for f in ("webshop_split", "webshop_size", "webshop_goals") if saved.get("env") == "webshop" else ():
-        old = saved.get(f, getattr(Config, f))
-        if changes.get(f, old) != old:
-            raise UserError(f"--{flag(f)} {changes[f]}: {folder} was trained with {old}, and may have seen goals that would be "
-                            "held out; leave it out")
-    try:
-        return resolve(changes, saved)[0]
-    except UserError as e:
-        raise UserError(f"{e} (with the settings in {path})") from e
-
-
-def make_environment(cfg: Config) -> envs.Environment:
-    """The environment of these settings. UserError with what `envs.make` finds wrong."""
-    data = cfg.webshop_data if cfg.env == "webshop" else cfg.alfworld_data
-    shop = dict(size=cfg.webshop_size, goals=cfg.webshop_goals, split=cfg.webshop_split, observation=cfg.observation,
-                tagger=cfg.webshop_tagger) if cfg.env == "webshop" else {}
-    try:
-        return envs.make(cfg.env, data=data, compact=cfg.compact, max_steps=cfg.max_steps, seed=cfg.seed, **shop)
-    except (ValueError, ImportError, OSError) as e:
-        raise UserError(str(e)) from e
-
-
-# ---- 2. Files ------------------------------------------------------------------------------------------------------
+# ---- 1. Files ------------------------------------------------------------------------------------------------------
 
 def add_result(folder: Path, result: dict[str, Any]) -> None:
     """Append an evaluation; one with the same label, iteration and panel (a repeat after a resume) is replaced.
@@ -203,10 +99,7 @@ def save_sample(folder: Path, learner: siri.Learner, it: siri.Iteration) -> None
         write_json(folder / "samples" / f"{it.number:04d}.json", data)
 
 
-# ---- 3. Checkpoints --------------------------------------------------------------------------------------------------
-
-FILES = {"adapter_model.safetensors", "optimizer.safetensors", "progress.json", "skills.json"}
-
+# ---- 2. Checkpoints --------------------------------------------------------------------------------------------------
 
 def save_checkpoint(folder: Path, learner: siri.Learner) -> None:
     """Adapter (peft format), optimizer, progress and bank with their hashes, written aside and renamed: at any moment the
@@ -231,32 +124,6 @@ def save_checkpoint(folder: Path, learner: siri.Learner) -> None:
     write_json(folder / "skills.json", bank)
     for old in checkpoints(folder)[2:]:
         shutil.rmtree(old)
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a run, newest first."""
-    return sorted((folder / "checkpoints").glob("[0-9]*-[0-9]"), reverse=True)
-
-
-def damage(checkpoint: Path) -> str:
-    """What is wrong with a checkpoint's files; empty if they are as they were written."""
-    try:
-        manifest = json.loads((checkpoint / "manifest.json").read_bytes())
-        wrong = [name for name, digest in manifest.items() if file_hash(checkpoint / name) != digest]
-    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as e:
-        return f"manifest.json, or a file that it names: {type(e).__name__}: {e}"
-    wrong += sorted(FILES - set(manifest))
-    return f"damaged: {', '.join(wrong)}" if wrong else ""
-
-
-def latest_checkpoint(folder: Path) -> Path:
-    """The newest sound checkpoint of a run. Says so if that is not the newest. UserError if there is none."""
-    found = checkpoints(folder)
-    for path in found:
-        if not (problem := damage(path)):
-            return path
-        print(f"siri: {path} cannot be used ({problem}); trying the one before", file=sys.stderr)
-    raise UserError(f"{folder}: holds no {'sound ' if found else ''}checkpoint; give a run folder such as runs/NAME")
 
 
 def load_progress(path: Path, vocab: int, n_skills: int) -> siri.Progress:
@@ -313,7 +180,7 @@ def take_back(folder: Path, learner: siri.Learner) -> None:
         write_text(table, "".join(lines[:1 + learner.progress.iteration]))
 
 
-# ---- 4. The loop: events in, files and lines out ---------------------------------------------------------------------
+# ---- 3. The loop: events in, files and lines out ---------------------------------------------------------------------
 
 class Stop:
     """Signals: the first lets the iteration end and be saved. A second stops at once, and costs this iteration."""
@@ -384,9 +251,9 @@ def record_evaluation(folder: Path, learner: siri.Learner, played: siri.Evaluati
         tqdm.write(line)
 
 
-# ---- 5. Command line ---------------------------------------------------------------------------------------------------
+# ---- 4. Command line ---------------------------------------------------------------------------------------------------
 
-COMMANDS = ("report", "play", "bench")          # each a module in tools/, which may import this one
+COMMANDS = {"report": report.command, "play": play.command, "bench": bench.command}
 ACTIONS = {     # without one: train
     "check": "can this machine install the requirements?",
     "resume": "go on with a run where it stopped",
@@ -517,10 +384,9 @@ def evaluate_run(cfg: Config, folder: Path, checkpoint: Path, with_skills: bool)
 
 def act(chosen: argparse.Namespace, given: dict[str, Any], held: ExitStack) -> None:
     """Do what the command line asks for. Locks are given to `held`. Raises Stopped and UserError."""
-    for name in COMMANDS:
+    for name, command in COMMANDS.items():
         if getattr(chosen, name) is not None:
-            importlib.import_module(f"tools.{name}").command(getattr(chosen, name), given)
-            return
+            return command(getattr(chosen, name), given)
     if chosen.eval is not None or chosen.resume is not None:
         folder = Path(chosen.resume if chosen.eval is None else chosen.eval)
         checkpoint = latest_checkpoint(folder)

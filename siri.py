@@ -82,7 +82,7 @@ VARIANTS = {"siri": Variant(), "gigpo": Variant(phases=(0,)), "no_warmup": Varia
 
 @dataclass
 class Config:
-    """Every setting of a run. The command line has one flag for each field; presets (in `run.py`) are sets of overrides."""
+    """Every setting of a run. The command line has a flag for each field; presets (`tools/settings.py`) are sets of overrides."""
     # The defaults are the paper's setting on ALFWorld: Qwen2.5-7B-Instruct in 4 bits on one 24 GB GPU.
     env: str = setting("alfworld", "benchmark", choices=tuple(SPLITS), section="task")
     alfworld_data: str = setting("", "folder that holds json_2.1.1/; default $ALFWORLD_DATA, else generated games")

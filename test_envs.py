@@ -54,9 +54,9 @@ from conftest import (
     wish,
     write_shop,
 )
-from run import PRESETS
 from tools import make_tiny
 from tools.oracle import oracle_walkthrough
+from tools.settings import PRESETS
 
 # ---- 1. what the policy reads and writes -----------------------------------------------------------------------------
 

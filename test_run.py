@@ -53,22 +53,11 @@ from conftest import (
     write_shop,
 )
 from policy import Policy, UserError
-from run import (
-    checkpoints,
-    damage,
-    flag,
-    latest_checkpoint,
-    load_checkpoint,
-    load_config,
-    lock,
-    main,
-    make_environment,
-    parse_arguments,
-    resolve,
-)
+from run import load_checkpoint, lock, main, parse_arguments
 from skills import Skill, SkillBank, SkillRejected
-from tools.files import file_hash, write_json
+from tools.files import checkpoints, damage, file_hash, latest_checkpoint, write_json
 from tools.metrics import wilson
+from tools.settings import flag, load_config, make_environment, resolve
 
 # ---- 1. whole runs ---------------------------------------------------------------------------------------------------
 

@@ -17,10 +17,11 @@ import siri
 import skills
 from conftest import SMALL, bank_with, close, config, gradient, learner_of, new_bank, small_game, some_rows, stranger_config, texts
 from policy import Policy, UserError
-from run import main, make_environment
+from run import main
 from skills import Skill
 from tools.metrics import warnings_of, wilson
 from tools.oracle import oracle_walkthrough
+from tools.settings import make_environment
 
 # ---- 1. rollouts -----------------------------------------------------------------------------------------------------
 

@@ -51,9 +51,9 @@ import envs
 import gigpo
 import siri
 from policy import Policy, UserError, make_optimizer, peak_gib
-from run import make_environment, resolve
 from tools.files import write_json
 from tools.oracle import oracle_walkthrough
+from tools.settings import make_environment, resolve
 
 ROOT = Path(__file__).resolve().parent.parent
 TRL = "trl==1.16.0"                                     # the release whose source the `trl` part was written against

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ def read_json(path: Path, form: Any = skills.ANYTHING) -> Any:
     return data
 
 
+FILES = {"adapter_model.safetensors", "optimizer.safetensors", "progress.json", "skills.json"}         # of every checkpoint
 RATES = {"n": count(), "successes": count(), "success": NUMBER, "interval": [NUMBER], "mean_steps": NUMBER,
          "invalid_rate": Form(lambda x: isinstance(x, (int, float)), "a number or NaN"), ...: skills.ANYTHING}
 RESULTS = [RATES | {"label": TEXT, "iteration": count(), "panel": TEXT, "skills": FLAG, "kinds": {...: RATES},
@@ -72,3 +74,29 @@ def load_bank(path: Path) -> skills.SkillBank:
         return skills.SkillBank.from_json(read_json(path / "skills.json"))
     except ValueError as e:
         raise UserError(f"{path}/skills.json: {e}; use another checkpoint") from e
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run, newest first."""
+    return sorted((folder / "checkpoints").glob("[0-9]*-[0-9]"), reverse=True)
+
+
+def damage(checkpoint: Path) -> str:
+    """What is wrong with a checkpoint's files; empty if they are as they were written."""
+    try:
+        manifest = json.loads((checkpoint / "manifest.json").read_bytes())
+        wrong = [name for name, digest in manifest.items() if file_hash(checkpoint / name) != digest]
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as e:
+        return f"manifest.json, or a file that it names: {type(e).__name__}: {e}"
+    wrong += sorted(FILES - set(manifest))
+    return f"damaged: {', '.join(wrong)}" if wrong else ""
+
+
+def latest_checkpoint(folder: Path) -> Path:
+    """The newest sound checkpoint of a run. Says so if that is not the newest. UserError if there is none."""
+    found = checkpoints(folder)
+    for path in found:
+        if not (problem := damage(path)):
+            return path
+        print(f"siri: {path} cannot be used ({problem}); trying the one before", file=sys.stderr)
+    raise UserError(f"{folder}: holds no {'sound ' if found else ''}checkpoint; give a run folder such as runs/NAME")

@@ -20,8 +20,9 @@ import numpy as np
 import envs
 import siri
 from policy import Policy, UserError
-from run import latest_checkpoint, load_config, make_environment, resolve
 from tools.figures import printable
+from tools.files import latest_checkpoint
+from tools.settings import load_config, make_environment, resolve
 
 HELP = """Type a command, or its number. Besides:
   ?  the exact prompt that the policy would see now        n  a new game

@@ -1,0 +1,155 @@
+"""From flags to a configuration: presets, what a run was saved with, the user's own settings, and what does not go together.
+
+Fields, meanings and bounds are declared in `siri.Config`. `python tools/settings.py` writes them, and the presets, as a page
+(docs/settings.md).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+import envs
+import siri
+from policy import UserError, device_gib
+from siri import SPLITS, Config
+from skills import misfit
+from tools.files import read_json
+
+TINY = dict(
+    model="assets/tiny", four_bit=False, compact=True, prompt_style="compact", max_steps=10, lora_r=16, lora_alpha=32,
+    max_prompt=512, max_response=24, eval_temperature=1.0, gen_tokens=65536, update_tokens=4096, groups=8, lr=2e-3,
+    minibatch=4096, invalid_penalty=0.5, warmup_max=16, n_req=40, floor=0.4, mining_max=14, mine_every=1, mine_wins=32,
+    n_eval=3, kappa=1.0, active_req=14, distill_max=8, distill_lr=1e-3, panel=120, sample_every=5)
+SMOKE = TINY | dict(groups=2, group_size=4, warmup_max=2, n_req=1, floor=0.0, mining_max=2, n_eval=1, mine_wins=4,
+                    distill_max=2, distill_min=1, active_req=1, panel=8, tau_up=-1.0, tau_down=-1.0)
+PAPER48 = dict(groups=8, memory_gib=44.0, four_bit=False)
+SHOP = dict(max_steps=15, max_prompt=4096, norm="mean", split="test")
+# The tiny shopper's thought names the choice that its action repeats, so whole responses are distilled [O].
+TINY_SHOP = dict(model="assets/tiny-webshop", max_steps=15, split="test", distill_tokens="response")
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "paper": dict(alfworld={}, webshop=SHOP),                           # one 24 GB GPU
+    "paper48": dict(alfworld=PAPER48, webshop=PAPER48 | SHOP),          # one 48 GB GPU, bf16
+    "tiny": dict(alfworld=TINY, webshop=TINY | TINY_SHOP | dict(        # a laptop, 10 minutes. Of a response's tokens, one
+        minibatch=400, n_req=90, mining_max=10, tau_up=0.1, distill_max=6, distill_epochs=2,            # carries the choice,
+        lambda_max=10.0)),                                                                              # hence this lambda
+    "smoke": dict(alfworld=SMOKE, webshop=SMOKE | TINY_SHOP)}           # the whole path in a minute, for tests
+
+
+def flag(name: str) -> str:
+    """The command-line name of a Config field."""
+    return "4bit" if name == "four_bit" else name.replace("_", "-")
+
+
+def resolve(given: dict[str, Any], saved: dict[str, Any] | None = None) -> tuple[Config, str]:
+    """Preset, then the settings that a run was saved with, then the user's own, then checks. Returns the config and why
+    this preset. UserError if bad."""
+    settings = {**(saved or {}), **given}
+    preset, reason = settings.get("preset", "auto"), "chosen by --preset"
+    if preset == "auto":
+        gib = device_gib()
+        preset = ("paper48" if gib > 40 else "paper") if gib else "tiny"
+        reason = f"CUDA device with {gib:.0f} GiB" if gib else "no CUDA device"
+    for name, value, allowed in (("preset", preset, PRESETS), ("env", settings.get("env", Config.env), SPLITS)):
+        if value not in allowed:
+            raise UserError(f"--{name} {value}: must be one of {', '.join(allowed)}")
+    cfg = Config(**{**PRESETS[preset][settings.get("env", Config.env)], **settings, "preset": preset})
+    for f in dataclasses.fields(cfg):
+        value, form = getattr(cfg, f.name), f.metadata["form"]
+        if not form.holds(value):
+            raise UserError(f"--{flag(f.name)} {str(value)[:20]}: must be {form.words}")
+    for name, problem in conflicts(cfg, given):
+        value = getattr(cfg, name)
+        raise UserError(f"--{flag(name)}{'' if isinstance(value, bool) else f' {value}'}: {problem}")
+    if cfg.env == "webshop" and cfg.webshop_tagger == "auto":
+        cfg.webshop_tagger = envs.find_tagger()
+    return cfg, reason
+
+
+def conflicts(cfg: Config, given: dict[str, Any]) -> Iterable[tuple[str, str]]:
+    """What does not go together: a field, and what is wrong with it and how to mend it. A setting without effect is refused
+    where it is given, and not where a run was saved with it."""
+    own = "add --preset paper (or --no-compact and a --model of your own)"
+    for names, needed, there in (
+            ("alfworld_data", "--env alfworld", cfg.env == "alfworld"),
+            ("webshop_data webshop_split webshop_tagger observation", "--env webshop", cfg.env == "webshop"),
+            ("webshop_size webshop_goals", "--webshop-data", cfg.webshop_data)):
+        for name in names.split():
+            if not there and given.get(name, getattr(Config, name)) != getattr(Config, name):
+                yield name, f"has no effect without {needed}; add that, or leave it out"
+    rules = [
+        ("split", cfg.split not in SPLITS[cfg.env], f"must be one of {', '.join(SPLITS[cfg.env])}"),
+        ("group_size", cfg.group_size % 2 and 1 in siri.VARIANTS[cfg.variant].phases,
+         f"paired rollouts need an even group; use {cfg.group_size + 1}, or --variant gigpo"),
+        ("four_bit", cfg.four_bit and not device_gib(),
+         f"4-bit weights need a CUDA device and none was found: add --no-4bit, or use --preset tiny (this is preset {cfg.preset})"),
+        ("dual_clip", 0 < cfg.dual_clip <= 1, "must be above 1, or 0 for none"),
+        ("tau_down", cfg.tau_down > cfg.tau_up, f"must not be above --tau-up {cfg.tau_up}"),
+        ("penalty_inside", cfg.penalty_inside and cfg.baseline != "steps",
+         "the release's penalty is per step row; add --baseline steps"),
+        ("alfworld_data", cfg.compact and cfg.alfworld_data, f"the tiny policy knows only its own small household; {own}"),
+        ("webshop_data", cfg.compact and cfg.webshop_data, f"the tiny policy knows only its own small shop; {own}"),
+        ("observation", cfg.prompt_style == "compact" and cfg.observation != "text",
+         "the tiny policy reads text only; add --prompt-style full and a --model of your own"),
+        ("name", cfg.name and not re.fullmatch(r"\w[\w.+-]*", cfg.name),
+         "letters, digits and . _ + - only, beginning with a letter or digit")]
+    yield from ((name, problem) for name, wrong, problem in rules if wrong)
+
+
+def load_config(folder: Path, changes: dict[str, Any]) -> Config:
+    """The settings that a run was saved with, changed by the flags of this call. UserError if they are malformed or
+    don't go together."""
+    path = folder / "config.json"
+    saved = read_json(path)
+    forms = {f.name: f.metadata["form"] for f in dataclasses.fields(Config)}
+    there = {name: forms[name] for name in forms if isinstance(saved, dict) and name in saved}
+    if problem := misfit(saved, there, "settings"):
+        raise UserError(f"{path}: {problem}; is it a run folder, and of this version?")
+    for f in ("webshop_split", "webshop_size", "webshop_goals") if saved.get("env") == "webshop" else ():
+        old = saved.get(f, getattr(Config, f))
+        if changes.get(f, old) != old:
+            raise UserError(f"--{flag(f)} {changes[f]}: {folder} was trained with {old}, and may have seen goals that would be "
+                            "held out; leave it out")
+    try:
+        return resolve(changes, saved)[0]
+    except UserError as e:
+        raise UserError(f"{e} (with the settings in {path})") from e
+
+
+def make_environment(cfg: Config) -> envs.Environment:
+    """The environment of these settings. UserError with what `envs.make` finds wrong."""
+    data = cfg.webshop_data if cfg.env == "webshop" else cfg.alfworld_data
+    shop = dict(size=cfg.webshop_size, goals=cfg.webshop_goals, split=cfg.webshop_split, observation=cfg.observation,
+                tagger=cfg.webshop_tagger) if cfg.env == "webshop" else {}
+    try:
+        return envs.make(cfg.env, data=data, compact=cfg.compact, max_steps=cfg.max_steps, seed=cfg.seed, **shop)
+    except (ValueError, ImportError, OSError) as e:
+        raise UserError(str(e)) from e
+
+
+def page() -> str:
+    """The whole page: a table for each group of settings, and what each preset changes."""
+    lines = ["# Settings", "", "Made from `siri.Config` by `python tools/settings.py`. The command line has a flag for each; "
+             "a switch is turned off with no- before its name. [P] the SIRI paper, [R] the GiGPO release, [O] our choice. "
+             "Defaults are the paper preset's."]
+    for f in dataclasses.fields(Config):
+        if f.metadata["section"]:
+            lines += ["", f"## {f.metadata['section']}", "", "| flag | default | meaning | value |", "|---|---|---|---|"]
+        default = "" if f.default == "" else f"`{f.default}`"
+        lines.append(f"| `--{flag(f.name)}` | {default} | {f.metadata['meaning']} | {f.metadata['form'].words} |")
+    lines += ["", "## What the presets change", "", "| preset | benchmark | settings |", "|---|---|---|"]
+    for preset, worlds in PRESETS.items():
+        for world, changes in worlds.items():
+            lines.append(f"| {preset} | {world} | {', '.join(f'`{flag(k)} {v}`' for k, v in changes.items()) or 'none'} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    (ROOT / "docs" / "settings.md").write_text(page(), encoding="utf-8")
