@@ -415,8 +415,11 @@ def test_groups_get_the_skill_that_matches_their_task_or_any_for_the_ablation(po
 def test_phases_end_by_success_by_active_skills_or_by_budget(policy, monkeypatch, variant, phase, age, solved, recent, active,
                                                              ends):
     """A phase that goes on yields an iteration (made up here); one that ends says why."""
-    for name, stand_in in dict(play=None, mine=[], plain_plan=None, paired_plan=None, gated_rows=([], 0.0), learn="goes on").items():
-        monkeypatch.setattr(siri, name, lambda *_, result=stand_in, **__: result)
+    for name, stand_in in dict(mine=[], plain_plan="plain", gated_rows=([], 0.0), learn="goes on").items():
+        monkeypatch.setattr(siri, name, lambda *_, result=stand_in: result)
+    played = []
+    monkeypatch.setattr(siri, "paired_plan", lambda learner, explore: f"paired, {explore}")
+    monkeypatch.setattr(siri, "play", lambda learner, it, plan: played.append(plan))
     cfg = dataclasses.replace(policy.cfg, variant=variant, n_req=40, floor=0.3, active_req=4, warmup_max=9,
                               mining_max=7, distill_max=8)
     progress = siri.Progress(iteration=50 + age, phase=phase, phase_start=50, solved=list(map(str, range(solved))), recent=recent)
@@ -430,7 +433,7 @@ def test_phases_end_by_success_by_active_skills_or_by_budget(policy, monkeypatch
             next(begin())
         assert ended.value.value
     else:
-        assert next(begin()) == "goes on"
+        assert next(begin()) == "goes on" and played == [["plain", "paired, True", "paired, False"][phase]]
     assert siri.last_phase(learner) == (variant == "gigpo" or phase == 2)
     learner.cfg, progress.env_steps = dataclasses.replace(cfg, env_steps=1000), 1000
     with pytest.raises(StopIteration) as ended:
