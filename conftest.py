@@ -237,11 +237,6 @@ def offline(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
-def texts(rows):
-    """Prompts and responses, as `Policy.logprobs` takes them."""
-    return [row.prompt for row in rows], [row.response for row in rows]
-
-
 def some_rows(policy):
     """Prompts and responses of very unequal length."""
     torch.manual_seed(0)

@@ -24,6 +24,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -58,7 +59,15 @@ class Settings(Protocol):
     gen_tokens: int
     update_tokens: int
     compact: bool                           # a tiny policy: it is faster on the CPU, whatever the machine has
+    lr: float
+    weight_decay: float
     seed: int
+
+
+class Pair(Protocol):
+    """A response under a prompt, token ids both; a row of training has more."""
+    prompt: list[int]
+    response: list[int]
 
 
 # ---- 1. Loading --------------------------------------------------------------------------------------------
@@ -133,7 +142,7 @@ class Policy:
         logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)     # on kernels for 4 bits without CUDA
         disable_progress_bar()
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")      # peft's to mend
-        self.cfg = cfg
+        self.cfg: Any = cfg                     # may hold more than Settings, for those who made it
         self.device = "cuda" if torch.cuda.is_available() and not cfg.compact else "cpu"
         self.tokenizer, base = load_base(cfg, self.device)
         self.model = attach_adapter(base, cfg, adapter)
@@ -232,27 +241,27 @@ class Policy:
 
     # ---- 3. Log-probabilities ------------------------------------------------------------------------------------
 
-    def logprobs(self, prompts: Sequence[list[int]], responses: Sequence[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    def logprobs(self, rows: Sequence[Pair]) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probability (for G7, G8, S9) and entropy, in nats at the training temperature, of every response token,
         the responses end to end: two fp32 tensors of shape (N,). Only the first has a gradient."""
         model = self.model.get_base_model()
-        ids, mask = self.pad_batch([p + r for p, r in zip(prompts, responses)])                  # (B, T)
+        ids, mask = self.pad_batch([r.prompt + r.response for r in rows])                       # (B, T)
         hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False,
                                   position_ids=(mask.cumsum(-1) - 1).clamp(min=0)).last_hidden_state    # (B, T, H)
         # A token is predicted by the state before it, so the logits of prompts, most of a batch, are never computed.
-        states = torch.cat([hidden[b, -len(r) - 1:-1] for b, r in enumerate(responses)])           # (N, H)
-        targets = torch.tensor([t for r in responses for t in r], device=self.device)              # (N,)
+        states = torch.cat([hidden[b, -len(r.response) - 1:-1] for b, r in enumerate(rows)])      # (N, H)
+        targets = torch.tensor([t for r in rows for t in r.response], device=self.device)         # (N,)
         return gigpo.token_logprobs(states, model.get_output_embeddings(), targets,
                                     temperature=self.cfg.temperature, vocab=self.vocab)
 
-    def frozen_logprobs(self, prompts: Sequence[list[int]], responses: Sequence[list[int]]) -> list[torch.Tensor]:
+    def frozen_logprobs(self, rows: Sequence[Pair]) -> list[torch.Tensor]:
         """Each response's log-probabilities as they are now, (T,) each, without gradient, in batches within `update_tokens`."""
         def work() -> list[torch.Tensor]:
             out: dict[int, torch.Tensor] = {}
-            for part in microbatches(range(len(prompts)), lambda i: len(prompts[i]) + len(responses[i]), self.update_tokens):
-                logp, _ = self.logprobs([prompts[i] for i in part], [responses[i] for i in part])          # (N,)
-                out.update(zip(part, logp.split([len(responses[i]) for i in part])))
-            return [out[i] for i in range(len(prompts))]
+            for part in microbatches(range(len(rows)), lambda i: len(rows[i].prompt) + len(rows[i].response), self.update_tokens):
+                logp, _ = self.logprobs([rows[i] for i in part])                                          # (N,)
+                out.update(zip(part, logp.split([len(rows[i].response) for i in part])))
+            return [out[i] for i in range(len(rows))]
 
         with torch.no_grad():
             return self.retry("update_tokens", work)
@@ -294,15 +303,15 @@ class Policy:
         limit = min(cfg.memory_gib * 2**30, torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved())
         torch.cuda.set_per_process_memory_fraction(limit / total)
         adam = sum(p.numel() for p in self.trainable) * (2 if cfg.four_bit else 8)      # bytes of optimizer state
-        prompt, response = [0] * cfg.max_prompt, [0] * cfg.max_response
+        longest: Any = SimpleNamespace(prompt=[0] * cfg.max_prompt, response=[0] * cfg.max_response)
 
         def update(rows: int) -> None:
             self.model.train()
-            self.logprobs([prompt] * rows, [response] * rows)[0].sum().backward()
+            self.logprobs([longest] * rows)[0].sum().backward()
             self.rest()
 
         if not self.gen_tokens:
-            self.gen_tokens = self.budget(lambda rows: self.sample([prompt] * rows, 1.0, 2), PROBE_ROWS, cfg.max_prompt + 2,
+            self.gen_tokens = self.budget(lambda rows: self.sample([longest.prompt] * rows, 1.0, 2), PROBE_ROWS, cfg.max_prompt + 2,
                                           SPARE * limit - adam)
         if not self.update_tokens:
             self.update_tokens = self.budget(update, 1, cfg.max_prompt + cfg.max_response, SPARE * limit - adam)
@@ -354,13 +363,13 @@ class Policy:
 
 # ---- 5. Helpers ------------------------------------------------------------------------------------------------
 
-def make_optimizer(policy: Policy, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+def make_optimizer(policy: Policy) -> torch.optim.Optimizer:
     """AdamW [R] over the adapter; with 4-bit weights its moments are kept in 8 bits [O]."""
     if policy.cfg.four_bit:
         from bitsandbytes.optim import AdamW8bit as AdamW
     else:
         from torch.optim import AdamW
-    return AdamW(policy.trainable, lr=lr, betas=(0.9, 0.999), weight_decay=weight_decay)
+    return AdamW(policy.trainable, lr=policy.cfg.lr, betas=(0.9, 0.999), weight_decay=policy.cfg.weight_decay)
 
 
 def microbatches(items: Iterable[Item], length: Callable[[Item], int], budget: int) -> Iterable[list[Item]]:

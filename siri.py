@@ -198,7 +198,7 @@ Group = list[Episode]                                                   # G roll
 Plan = Sequence[tuple[envs.Task, Sequence[skills.Skill | None]]]        # a group's task, and the skill of each of its rollouts
 
 
-def fit_prompt(policy: Policy, cfg: Config, e: Episode, skill: skills.Skill | None) -> list[int]:
+def fit_prompt(policy: Policy, e: Episode, skill: skills.Skill | None) -> list[int]:
     """The prompt ids of an episode's next step within `max_prompt` tokens: history goes first, then the observation's tail,
     never the skill. UserError if the rest alone is longer."""
     def render(window: int, state: envs.State) -> list[int]:
@@ -207,7 +207,7 @@ def fit_prompt(policy: Policy, cfg: Config, e: Episode, skill: skills.Skill | No
                                                 style=cfg.prompt_style, window=window, world=cfg.env))
 
     # Every step has a prompt of its own [R]: there is no conversation that grows, so a row is never longer than `max_prompt`.
-    state, past = e.state, [envs.Turn(s.observation, s.action) for s in e.steps]
+    cfg, state, past = policy.cfg, e.state, [envs.Turn(s.observation, s.action) for s in e.steps]
     for window in range(cfg.history, -1, -1):
         ids = render(window, state)
         if len(ids) <= cfg.max_prompt:
@@ -222,7 +222,7 @@ def fit_prompt(policy: Policy, cfg: Config, e: Episode, skill: skills.Skill | No
     return ids
 
 
-def rollout(policy: Policy, env: envs.Environment, plan: Plan, cfg: Config, temperature: float,
+def rollout(policy: Policy, env: envs.Environment, plan: Plan, temperature: float,
             failures: list[str] | None = None) -> list[Group]:
     """Play every group of the plan: a task, and for each of its rollouts a skill or None. Groups come back in its order.
 
@@ -250,11 +250,11 @@ def rollout(policy: Policy, env: envs.Environment, plan: Plan, cfg: Config, temp
             opened.callback(games[g].close)
             for e in group:
                 e.state = games[g].start        # the same for all rollouts of a group: that makes them comparable
-                e.prompt = fit_prompt(policy, cfg, e, e.skill)
+                e.prompt = fit_prompt(policy, e, e.skill)
                 live.append((g, e))
         # All unfinished rollouts of all groups take their next step in one generation batch.
         while live:
-            responses = policy.generate([e.prompt for _, e in live], temperature, cfg.max_response)
+            responses = policy.generate([e.prompt for _, e in live], temperature, policy.cfg.max_response)
             for (g, e), response in zip(live, responses):
                 if g in lost:
                     continue
@@ -262,7 +262,7 @@ def rollout(policy: Policy, env: envs.Environment, plan: Plan, cfg: Config, temp
                 text = policy.decode(response)
                 action = envs.parse_action(text) or ""
                 # S9 distils into the prompt that the policy would have had without the skill: it is kept beside the real one.
-                plain = fit_prompt(policy, cfg, e, None) if e.skill else None
+                plain = fit_prompt(policy, e, None) if e.skill else None
                 try:
                     after = games[g].step(e.state, action)
                 except Exception as error:      # as above
@@ -272,7 +272,7 @@ def rollout(policy: Policy, env: envs.Environment, plan: Plan, cfg: Config, temp
                                     after.observation, after.reward, bool(action) and after.valid))
                 e.state, e.success, e.score = after, after.success, after.score
                 try:
-                    e.prompt = [] if after.done else fit_prompt(policy, cfg, e, e.skill)
+                    e.prompt = [] if after.done else fit_prompt(policy, e, e.skill)
                 except UserError as error:
                     lose(g, error)
             live = [(g, e) for g, e in live if g not in lost and not e.state.done]
@@ -424,7 +424,7 @@ def step_loss(policy: Policy, rows: Sequence[Row], n_rl: int, n_int: int, lam: f
     rl, internal = [r for r in rows if not r.gate], [r for r in rows if r.gate]
     if rl:
         # Only sampled tokens are here, never a prompt's: the mask is by provenance. The stop token was sampled, and counts.
-        logp, entropy = policy.logprobs([r.prompt for r in rl], [r.response for r in rl])                    # (N,) each
+        logp, entropy = policy.logprobs(rl)                                                                  # (N,) each
         advantage = torch.tensor([r.advantage for r in rl for _ in r.response], device=logp.device)          # (N,)
         old = torch.cat([r.old for r in rl]) if rl[0].old is not None else logp.detach()                     # (N,)
         # An advantage belongs to a step, and each token of its response has it in full (G6).
@@ -438,7 +438,7 @@ def step_loss(policy: Policy, rows: Sequence[Row], n_rl: int, n_int: int, lam: f
                     tokens=len(logp))
     if internal:
         # The prompt is the plain one, the response was sampled under a skill: this is where the skill moves into the weights.
-        logp, _ = policy.logprobs([r.prompt for r in internal], [r.response for r in internal])              # (N,)
+        logp, _ = policy.logprobs(internal)                                                                  # (N,)
         gate = torch.tensor([g for r in internal for g in r.gate], device=logp.device)                       # (N,)
         weight = torch.tensor([r.weight for r in internal for _ in r.response], device=logp.device)          # (N,)
         distilled, _ = distill.internalization_loss(logp, weight, gate)
@@ -462,10 +462,10 @@ def update(policy: Policy, optimizer: torch.optim.Optimizer, rl: Sequence[Row], 
     # RL rows are spread over as many steps as internalization needs: the KL term then holds the policy in each of them.
     shares = zip(np.array_split(rng.permutation(len(rl)), n_steps), np.array_split(order, n_steps))
     signal = [r for r in rl if r.advantage != 0.0]
-    texts, unknown = ([r.prompt for r in signal], [r.response for r in signal]), [None] * len(signal)
-    old = policy.frozen_logprobs(*texts) if n_steps > 1 else unknown        # else the policy is still the one that sampled
+    unknown = [None] * len(signal)
+    old = policy.frozen_logprobs(signal) if n_steps > 1 else unknown        # else the policy is still the one that sampled
     with policy.model.disable_adapter():                                    # the reference is the policy without its adapter
-        reference = policy.frozen_logprobs(*texts) if cfg.kl_beta else unknown
+        reference = policy.frozen_logprobs(signal) if cfg.kl_beta else unknown
     for r, logp_old, logp_ref in zip(signal, old, reference):
         r.old, r.reference = logp_old, logp_ref
     total: Counter = Counter()
@@ -533,7 +533,7 @@ class Learner:
     @classmethod
     def begin(cls, cfg: Config, env: envs.Environment, policy: Policy) -> Learner:
         """Before the first iteration."""
-        return cls(cfg, env, policy, make_optimizer(policy, cfg.lr, cfg.weight_decay), make_bank(cfg),
+        return cls(cfg, env, policy, make_optimizer(policy), make_bank(cfg),
                    Progress(phase=VARIANTS[cfg.variant].phases[0]))
 
     @property
@@ -641,7 +641,7 @@ def play(learner: Learner, it: Iteration, plan: Plan) -> None:
     """Roll the plan out, and find what each rollout was worth: advantages, effects, and what to keep for phase 2."""
     cfg, p, bank = learner.cfg, learner.progress, learner.bank
     # A lost group teaches nothing: its failure was the environment's, not the policy's.
-    it.groups = [g for g in rollout(learner.policy, learner.env, plan, cfg, cfg.temperature, it.failures) if g]
+    it.groups = [g for g in rollout(learner.policy, learner.env, plan, cfg.temperature, it.failures) if g]
     it.rollout_s = time.perf_counter() - it.started
     for group in it.groups:
         assign_advantages(group, cfg, learner.env)
@@ -821,7 +821,7 @@ def evaluate(policy: Policy, env: envs.Environment, panel: Sequence[envs.Task], 
     episodes, started, at_once = [], time.perf_counter(), max(1, cfg.groups * cfg.group_size)
     for i in range(0, len(panel), at_once):
         plan = [(t, [bank.retrieve(t.goal, explore=False) if bank else None]) for t in panel[i:i + at_once]]
-        groups = rollout(policy, env, plan, cfg, cfg.eval_temperature, failures)
+        groups = rollout(policy, env, plan, cfg.eval_temperature, failures)
         episodes += [group[0] if group else Episode(task, None) for group, (task, _) in zip(groups, plan)]
     if len(failures) == len(panel):
         raise UserError(f"every game of the panel was lost; the last: {failures[-1]}; mend the environment or its data, or "

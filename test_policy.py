@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import envs
-from conftest import HERE, TINY, awake, close, gradient, offline, some_rows, stranger_config, texts
+import siri
+from conftest import HERE, TINY, awake, close, gradient, offline, some_rows, stranger_config
 from policy import Policy, UserError
 
 # ---- 1. the policy ---------------------------------------------------------------------------------------------------
@@ -31,7 +32,7 @@ def test_generating_leaves_the_gradients_of_4bit_layers_alone(stranger_folder):
 
     def gradient():
         policy.model.train()
-        policy.logprobs(*texts(rows))[0].sum().backward()
+        policy.logprobs(rows)[0].sum().backward()
         policy.model.eval()
         flat = torch.cat([p.grad.flatten() for p in policy.trainable]).clone()
         policy.model.zero_grad()
@@ -50,7 +51,7 @@ def test_the_sampled_policy_is_the_trained_one(stranger, monkeypatch, temperatur
     torch.manual_seed(0)
     drawn = Counter(ids[0] for ids in stranger.generate([prompt] * n, temperature, 1))
     with torch.no_grad():
-        logp, entropy = stranger.logprobs([prompt] * stranger.vocab, [[token] for token in range(stranger.vocab)])
+        logp, entropy = stranger.logprobs([siri.Row(prompt, [token]) for token in range(stranger.vocab)])
     assert entropy[0] > 1 and logp.exp().sum().item() == pytest.approx(1, abs=1e-3)
     assert max(drawn) < stranger.vocab < stranger.model.config.vocab_size
     expected = n * logp.exp().double().numpy()
@@ -127,9 +128,9 @@ def test_token_budgets_follow_from_what_two_probes_of_each_kind_take(policy, mon
     policy.cfg = dataclasses.replace(policy.cfg, max_prompt=100, max_response=28, memory_gib=20.0)
     policy.device, policy.gen_tokens, policy.update_tokens = "cuda", 0, 0
 
-    def logprobs(prompts, responses):
-        assert {(len(p), len(r)) for p, r in zip(prompts, responses)} == {(100, 28)}
-        taken.append(5 * gib + 3 * mib * len(prompts))
+    def logprobs(rows):
+        assert {(len(r.prompt), len(r.response)) for r in rows} == {(100, 28)}
+        taken.append(5 * gib + 3 * mib * len(rows))
         return torch.zeros(1, requires_grad=True), None
 
     policy.sample = lambda prompts, temperature, new: taken.append(5 * gib + mib * len(prompts))
@@ -159,7 +160,7 @@ def test_logprobs_equal_the_models_own_logits_in_any_batch(request, name):
     policy = request.getfixturevalue(name)
     rows = some_rows(policy)
     with torch.no_grad():
-        logp, entropy = policy.logprobs(*texts(rows))
+        logp, entropy = policy.logprobs(rows)
         for row, mine, h in zip(rows, *(x.split([len(r.response) for r in rows]) for x in (logp, entropy))):
             logits = policy.model(input_ids=torch.tensor([row.prompt + row.response])).logits[0]    # (T, V)
             logits = logits[len(row.prompt) - 1:-1, :policy.vocab].float()

@@ -15,7 +15,7 @@ import envs
 import gigpo
 import siri
 import skills
-from conftest import SMALL, bank_with, close, config, gradient, learner_of, new_bank, small_game, some_rows, stranger_config, texts
+from conftest import SMALL, bank_with, close, config, gradient, learner_of, new_bank, small_game, some_rows, stranger_config
 from policy import Policy, UserError
 from run import main
 from skills import Skill
@@ -43,7 +43,7 @@ def winner_and_mumbler(policy, monkeypatch, env, task, skill=None):
     commands = oracle_walkthrough(envs.pddl_game(task.data))
     script = iter(f"<think>find it</think><action>{command}</action>" for command in commands)
     teach(policy, monkeypatch, lambda k: [next(script), "look"] if k == 2 else ["look"])
-    return siri.rollout(policy, env, [(task, [skill, None])], policy.cfg, 1.0)[0], commands
+    return siri.rollout(policy, env, [(task, [skill, None])], 1.0)[0], commands
 
 
 def test_rollout_records_what_was_seen_said_and_won(policy, monkeypatch, small):
@@ -79,7 +79,7 @@ def test_a_group_starts_in_one_state_and_the_skill_is_only_in_its_half(policy, s
     skill = new_bank().add("the task needs apple", "look in fridge first", born=0, source="game")
     tasks = [small.tasks("train")[i] for i in range(3)]
     torch.manual_seed(0)
-    for group in siri.rollout(policy, small, [(task, [skill, skill, None, None]) for task in tasks], policy.cfg, 1.0):
+    for group in siri.rollout(policy, small, [(task, [skill, skill, None, None]) for task in tasks], 1.0):
         first = [e.steps[0] for e in group]
         assert len({(s.observation, s.anchor) for s in first}) == 1
         assert first[0].prompt == first[1].prompt != first[2].prompt == first[3].prompt == first[0].plain
@@ -91,7 +91,7 @@ def test_a_model_that_never_saw_this_task_plays_invalid_actions(stranger, plans)
     """The code path of the paper preset, with a small local model of the same kind, on a full-size game."""
     env = envs.AlfWorld.generated(0, max_steps=2)
     torch.manual_seed(0)
-    group, = siri.rollout(stranger, env, [(small_game(plans), [None] * 4)], stranger.cfg, 1.0)
+    group, = siri.rollout(stranger, env, [(small_game(plans), [None] * 4)], 1.0)
     assert [len(e.steps) for e in group] == [2] * 4
     assert all(not s.valid and s.action == "" and 1 <= len(s.response) <= 8 for e in group for s in e.steps)
     assert "You are acting in a household" in stranger.decode(group[0].steps[0].prompt)
@@ -126,7 +126,7 @@ def test_an_environment_that_raises_loses_its_own_group_only(policy, small, at):
     tasks = [small.tasks("train")[i] for i in range(3)]
     failures, env = [], Faulty(small, lambda task: task.id == tasks[1].id, at)
     torch.manual_seed(0)
-    groups = siri.rollout(policy, env, [(task, [None] * 2) for task in tasks], policy.cfg, 1.0, failures)
+    groups = siri.rollout(policy, env, [(task, [None] * 2) for task in tasks], 1.0, failures)
     assert [len(group) for group in groups] == [2, 0, 2]
     assert all(e.success or len(e.steps) == small.max_steps for e in groups[0] + groups[2])
     assert failures == [f"{tasks[1].id}: OSError: disk on fire"]
@@ -149,11 +149,11 @@ def test_a_state_with_more_actions_than_a_prompt_can_list_loses_its_own_group_on
     tasks, failures = [small.tasks("train")[i] for i in range(3)], []
     world = Wide(small, lambda task: task.id == tasks[1].id, 1)
     torch.manual_seed(0)
-    groups = siri.rollout(policy, world, [(task, [None] * 2) for task in tasks], policy.cfg, 1.0, failures)
+    groups = siri.rollout(policy, world, [(task, [None] * 2) for task in tasks], 1.0, failures)
     assert [len(group) for group in groups] == [2, 0, 2] and len(failures) == 1
     assert failures[0].startswith(f"{tasks[1].id}: UserError: --max-prompt {policy.cfg.max_prompt}: too short")
     with pytest.raises(UserError, match="--max-prompt.*too short"):
-        siri.rollout(policy, Wide(small, lambda task: True, 0), [(tasks[0], [None] * 2)], policy.cfg, 1.0, failures)
+        siri.rollout(policy, Wide(small, lambda task: True, 0), [(tasks[0], [None] * 2)], 1.0, failures)
 
 
 def test_an_evaluation_that_lost_every_game_is_no_result(policy, small):
@@ -172,7 +172,7 @@ def test_more_than_a_twentieth_of_broken_groups_stops_the_run_with_the_cause(tmp
 
 
 @pytest.mark.parametrize("name", ["policy", "stranger"])
-def test_a_prompt_that_is_too_long_loses_history_then_observation_never_the_skill(request, name):
+def test_a_prompt_that_is_too_long_loses_history_then_observation_never_the_skill(request, monkeypatch, name):
     policy = request.getfixturevalue(name)
     task = envs.Task("x", "k", "put a apple in shelf", "train")
     state = envs.State("You arrive at desk 1. " + "On the desk 1, you see a mug 1. " * 9, ("look", "go to desk 1"), "")
@@ -184,8 +184,10 @@ def test_a_prompt_that_is_too_long_loses_history_then_observation_never_the_skil
     past = [siri.Step([], [], "", turn.action, turn.observation, "", None) for turn in turns]
     episode = siri.Episode(task, skill, past, state)
     for limit, expected in limits:
-        assert siri.fit_prompt(policy, dataclasses.replace(policy.cfg, max_prompt=limit), episode, skill) == expected
-    ids = siri.fit_prompt(policy, dataclasses.replace(policy.cfg, max_prompt=len(prompts[0]) - 60), episode, skill)
+        monkeypatch.setattr(policy, "cfg", dataclasses.replace(policy.cfg, max_prompt=limit))
+        assert siri.fit_prompt(policy, episode, skill) == expected
+    monkeypatch.setattr(policy, "cfg", dataclasses.replace(policy.cfg, max_prompt=len(prompts[0]) - 60))
+    ids = siri.fit_prompt(policy, episode, skill)
     assert len(ids) <= len(prompts[0]) - 60 and ids[:2] == prompts[0][:2] and ids[-3:] == prompts[0][-3:]
     assert "look in fridge first" in policy.decode(ids) and "put a apple in shelf" in policy.decode(ids)
 
@@ -196,7 +198,7 @@ def test_any_chat_model_can_shop_with_the_full_prompt(stranger_folder, observati
     cfg = stranger_config(stranger_folder, env="webshop", observation=observation, max_prompt=900, webshop_tagger="stop-list")
     env, policy = make_environment(cfg), Policy(cfg)
     task = env.tasks("train")[0]
-    group, = siri.rollout(policy, env, [(task, [Skill(0, "it rains", "look at acme first", 0, ""), None])], cfg, 1.0)
+    group, = siri.rollout(policy, env, [(task, [Skill(0, "it rains", "look at acme first", 0, ""), None])], 1.0)
     assert len(env.shop.products) == 1000 and [len(e.steps) for e in group] == [2, 2]
     for episode in group:
         for step in episode.steps:
@@ -226,7 +228,7 @@ def test_an_update_that_is_not_finite_changes_nothing_and_the_third_in_a_row_sto
     update = lambda bad: siri.update(policy, sgd, some_rows(policy), [], 0.0, cfg, np.random.default_rng(0), bad)
     before = [p.detach().clone() for p in policy.trainable]
     for poison in (math.nan, math.inf):
-        monkeypatch.setattr(policy, "logprobs", lambda *rows: [x * poison for x in real(*rows)])
+        monkeypatch.setattr(policy, "logprobs", lambda rows: [x * poison for x in real(rows)])
         stats = update(1)
         assert (stats["skipped_steps"], stats["bad_steps"]) == (1, 2)
         assert all(torch.equal(p, old) for p, old in zip(policy.trainable, before))
@@ -255,11 +257,11 @@ def test_what_keeps_a_run_from_learning_is_said(change, says):
 def test_an_update_is_the_gradient_of_the_loss_over_all_sampled_tokens(policy):
     """S10 written out for all rows at once: on-policy G7, beta G8, lambda S9, each with one denominator."""
     rl, internal = some_rows(policy), gated_rows(policy)
-    logp, _ = policy.logprobs(*texts(rl))
+    logp, _ = policy.logprobs(rl)
     with torch.no_grad(), policy.model.disable_adapter():
-        reference, _ = policy.logprobs(*texts(rl))
+        reference, _ = policy.logprobs(rl)
     advantage = torch.cat([torch.full((len(r.response),), r.advantage) for r in rl])
-    plain, _ = policy.logprobs(*texts(internal))
+    plain, _ = policy.logprobs(internal)
     weight = torch.cat([torch.full((len(r.response),), r.weight) for r in internal])
     gate = torch.tensor([g for r in internal for g in r.gate])
     d = reference - logp

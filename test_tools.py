@@ -514,14 +514,14 @@ def test_play_shows_the_policys_prompt_and_thoughts(monkeypatch, capsys):
     world = PlayedShop()
     task = world.tasks("valid_seen")[0]
     game = world.open(task)
-    prompt = policy.tokenizer.decode(siri.fit_prompt(policy, policy.cfg, siri.Episode(task, None, state=game.start), None))
+    prompt = policy.tokenizer.decode(siri.fit_prompt(policy, siri.Episode(task, None, state=game.start), None))
     assert figures.printable(prompt) in out and "<|im_start|>" in prompt and "the room" in prompt
     assert out.count("the policy: <think> why not </think> <action> wait </action>") == 2
     assert "enough \ufffd[0m</think>" in out and "=== success, score 1.00, 2 steps" in out
     assert out.count("[0 of 5]") == 2 and out.count("[1 of 5]") == 1        # h moved nothing; w went two steps; then a new game
     waited = siri.Step([], [], "", "wait", game.start.observation, "", None)
     later = siri.Episode(task, None, [waited], game.step(game.start, "wait"))
-    later = policy.tokenizer.decode(siri.fit_prompt(policy, policy.cfg, later, None))
+    later = policy.tokenizer.decode(siri.fit_prompt(policy, later, None))
     assert figures.printable(later) in played(monkeypatch, capsys, "wait\n?\n")
 
 

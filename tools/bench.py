@@ -194,7 +194,7 @@ def some_tasks(env: envs.Environment, turn: int, n: int) -> list[envs.Task]:
 def play(policy: Any, env: Any, tasks: Sequence[envs.Task], size: int, cfg: siri.Config) -> list[siri.Group]:
     """Groups of `size` plain rollouts. RuntimeError if one fails."""
     failures: list[str] = []
-    groups = siri.rollout(policy, env, [(task, [None] * size) for task in tasks], cfg, cfg.temperature, failures)
+    groups = siri.rollout(policy, env, [(task, [None] * size) for task in tasks], cfg.temperature, failures)
     if failures:
         raise RuntimeError(f"environment failed: {failures[0]}")
     return groups
@@ -824,7 +824,7 @@ def paper_preset(name: str, cfg: siri.Config, rounds: int, bandwidth: float, flo
         return dict(prefill=n * width / first, step=1000 * step, decode=n / step,
                     share=100 * (weights + n * cache * width) / bandwidth / step)
 
-    optimizer = make_optimizer(policy, cfg.lr, cfg.weight_decay)
+    optimizer = make_optimizer(policy)
     rows = [siri.Row(p, q[:cfg.max_response], 1.0) for p, q in zip(prompts, prompts[1:] + prompts[:1])]
     rows = rows[:max(1, policy.update_tokens // (width + cfg.max_response))]
 

@@ -68,7 +68,7 @@ def play(env: envs.Environment, task: envs.Task, cfg: siri.Config, policy: Calla
     episode, watching = siri.Episode(task, None, state=game.start), False
 
     def prompt() -> list[int]:
-        return siri.fit_prompt(policy(), cfg, episode, None)
+        return siri.fit_prompt(policy(), episode, None)
 
     def response() -> str:
         return policy().decode(policy().generate([prompt()], cfg.eval_temperature, cfg.max_response)[0])
