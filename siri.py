@@ -11,7 +11,7 @@
 Sections: 1 settings, 2 rollout, 3 what a rollout was worth, 4 rows, 5 loss, 6 an iteration, 7 the three phases, 8 evaluation.
 `train` is a generator of events, and neither prints nor saves: the one loop that consumes it is in `run.py`, a notebook may
 write its own. Where is ... a skill put into the prompt: `fit_prompt`; a group split into pairs: `paired_plan`; the loss:
-`step_loss`; the reward, and what changes with it: `advantage_unit`.
+`step_loss`; the reward: `envs.SUCCESS_REWARD`, and what changes with it: `advantage_unit`.
 
 The mathematics is pure and elsewhere: `gigpo.py` (G1-G8), `skills.py` (S1-S6), `distill.py` (S7-S10); worlds are in `envs.py`,
 the model is in `policy.py`. [P] is the SIRI paper (arXiv 2606.02355), [R] the GiGPO release (arXiv 2505.10978), [O] our choice
@@ -23,7 +23,9 @@ from __future__ import annotations
 # `python siri.py` starts the program, which is in run.py and imports this file like any other; the method imports nothing above it.
 if __name__ == "__main__":
     import sys
+    from os.path import dirname
 
+    sys.path.insert(0, dirname(__file__))       # Python leaves it out under -P; and no other module called `run` shall come first
     import run
     sys.exit(run.main())
 
@@ -287,7 +289,8 @@ def advantage_unit(cfg: Config, env: envs.Environment) -> float:
     The reward is `env.success_reward` for success (10 in both benchmarks: `envs.SUCCESS_REWARD`) and 0 for all else. With
     `norm="std"` its size cancels out. With "mean" (WebShop) advantages are in units of reward: the deviation of returns of
     which half are won is then half the reward. c of G6 and A_max of S8 are in these units, so that neither a norm nor
-    another reward changes what they mean.
+    another reward changes what they mean (but for `penalty_inside`, whose c is in units of reward). The policy term grows with
+    such advantages while L_KL and L_int do not: beta and lambda are for a reward of 10.
     """
     return 1.0 if cfg.norm == "std" else env.success_reward / 2
 
@@ -313,12 +316,15 @@ def record_effects(bank: skills.SkillBank, groups: Sequence[Group], iteration: i
     retired by it. None for a group without a skill."""
     effects: list[float | None] = []
     for group in groups:
+        skill = next((e.skill for e in group if e.skill), None)         # of the whole guided half: S3 gives a group one
+        if skill is None:
+            effects.append(None)
+            continue
         # Success, not reward: an effect is a difference of success rates, whatever the benchmark pays. One group of 4 + 4
         # says little (its deviation is near .3); the bank shrinks a skill's mean until it has been tried often.
-        plain, guided = ([float(e.success) for e in group if (e.skill is None) == without] for without in (True, False))
-        effect = skills.paired_effect(guided, plain) if guided else None
-        if effect is not None and (skill := group[0].skill):
-            bank.record(skill, effect, iteration)
+        effect = skills.paired_effect([float(e.success) for e in group if e.skill],
+                                      [float(e.success) for e in group if not e.skill])
+        bank.record(skill, effect, iteration)
         effects.append(effect)
     return effects
 
@@ -410,7 +416,7 @@ def internalization_rows(steps: Sequence[GuidedStep], bank: skills.SkillBank, cf
 # ---- 5. Loss and update (S10) ----------------------------------------------------------------------------------------
 
 def step_loss(policy: Policy, rows: Sequence[Row], n_rl: int, n_int: int, lam: float, cfg: Config) -> tuple[torch.Tensor, Counter]:
-    """S10: `L = L_GiGPO + beta L_KL + lambda L_int`; the share of a micro-batch of rows, and sums over its tokens for the log.
+    """S10: `L = L_GiGPO + beta L_KL + lambda L_int`; the share of a micro-batch of rows, and what is logged of it.
 
         L_GiGPO = 1/n_rl   sum over RL tokens of              -min(rho A, clip(rho, 1 - eps, 1 + eps) A)             (G7)
         L_KL    = 1/n_rl   sum over RL tokens with A != 0 of   exp(d) - d - 1,  d = log p_ref - log p                 (G8)
@@ -449,17 +455,17 @@ def step_loss(policy: Policy, rows: Sequence[Row], n_rl: int, n_int: int, lam: f
 
 def update(policy: Policy, optimizer: torch.optim.Optimizer, rl: Sequence[Row], internal: Sequence[Row], lam: float,
            cfg: Config, rng: np.random.Generator, bad: int = 0) -> dict[str, float]:
-    """One iteration's optimizer steps. Every RL row enters exactly one of them, every internalization row `distill_epochs`.
+    """One iteration's optimizer steps. Every RL row counts in exactly one of them, every internalization row in `distill_epochs`.
 
-    `bad` is how many steps in a row had no finite gradient before; BAD_STEPS of them raise UserError. Returns kl and
-    entropy in nats per token, clip_fraction per token, losses and grad_norm (before clipping) as means over the steps, and
-    counts. UserError also if a single row doesn't fit into memory.
+    `bad` is how many steps in a row had no finite gradient before; BAD_STEPS of them raise UserError. Returns kl and entropy in
+    nats per token (of rows with an advantage), clip_fraction per token, losses and grad_norm (before clipping) as means over the
+    steps, and counts. UserError also if a single row doesn't fit into memory.
     """
     n_steps, order = max(1, math.ceil(len(rl) / cfg.minibatch)), np.array([], int)
     if internal:
         n_steps = max(n_steps, math.ceil(len(internal) / cfg.distill_rows) * cfg.distill_epochs)
         order = np.concatenate([rng.permutation(len(internal)) for _ in range(cfg.distill_epochs)])
-    # RL rows are spread over as many steps as internalization needs: the KL term then holds the policy in each of them.
+    # RL rows are spread over as many steps as internalization needs, so that their KL term holds the policy all the while.
     shares = zip(np.array_split(rng.permutation(len(rl)), n_steps), np.array_split(order, n_steps))
     signal = [r for r in rl if r.advantage != 0.0]
     unknown = [None] * len(signal)
@@ -470,20 +476,21 @@ def update(policy: Policy, optimizer: torch.optim.Optimizer, rl: Sequence[Row], 
         r.old, r.reference = logp_old, logp_ref
     total: Counter = Counter()
     policy.model.train()
-    for mine, theirs in shares:
+    for rl_share, int_share in shares:
         # Denominators first, over all rows of the step; then those without a gradient are left out.
-        n_rl = sum(len(rl[i].response) for i in mine)
-        n_int = max(1, sum(sum(internal[i].gate) for i in theirs))
-        acting, guided = [rl[i] for i in mine if rl[i].advantage != 0.0], [internal[i] for i in theirs if internal[i].weight > 0]
-        total.update(rows=len(acting + guided), row_tokens=sum(map(len, acting + guided)))
-        if acting or guided:
-            loss = partial(step_loss, policy, n_rl=n_rl, n_int=n_int, lam=lam, cfg=cfg)
-            sums = policy.descend(optimizer, (acting, guided), loss, cfg.grad_clip)
-            total.update(sums)
-            bad = bad + 1 if sums["skipped"] else 0
+        n_rl = sum(len(rl[i].response) for i in rl_share)
+        n_int = max(1, sum(sum(internal[i].gate) for i in int_share))
+        acting = [rl[i] for i in rl_share if rl[i].advantage != 0.0]
+        guided = [internal[i] for i in int_share if internal[i].weight > 0]
+        if not acting + guided:
+            continue
+        loss = partial(step_loss, policy, n_rl=n_rl, n_int=n_int, lam=lam, cfg=cfg)
+        sums = policy.descend(optimizer, (acting, guided), loss, cfg.grad_clip)
+        total.update(sums, rows=len(acting + guided), row_tokens=sum(map(len, acting + guided)))
+        bad = bad + 1 if sums["skipped"] else 0
         if bad >= BAD_STEPS:
-            raise UserError(f"three updates in a row had a gradient that is not finite (norm {total['grad_norm']}, losses "
-                            f"{total['pg_loss']:.3g} and {total['int_loss']:.3g}): resume with a lower --lr and "
+            raise UserError(f"{BAD_STEPS} updates in a row had a gradient that is not finite (norm {sums['grad_norm']}, losses "
+                            f"{sums['pg_loss']:.3g} and {sums['int_loss']:.3g}): resume with a lower --lr and "
                             "--distill-lr, or with --no-4bit")
     policy.model.eval()
     tokens = max(total["tokens"], 1)
@@ -662,6 +669,7 @@ def gated_rows(learner: Learner) -> tuple[list[Row], float]:
     rows = [row for row in internalization_rows(steps, learner.bank, cfg) if any(row.gate)]
     if sum(row.weight > 0 for row in rows) < cfg.distill_min:
         return [], 0.0
+    # K_warm is counted from the beginning of the phase [O], whether or not there were rows so far.
     return rows, distill.lambda_schedule(learner.age + 1, cfg.lambda_max, cfg.lambda_warm)
 
 
@@ -741,7 +749,7 @@ def internalize(learner: Learner) -> Events:
 
 
 def phase_limit(cfg: Config, phase: int) -> int:
-    """Iterations that a phase may take. A variant that leaves phases out gives theirs to the next one that it has, so that
+    """Iterations that a phase may take. A variant that leaves phases out gives theirs to the nearest one that it has, so that
     all variants have the same total."""
     limits, kept = [cfg.warmup_max, cfg.mining_max, cfg.distill_max], VARIANTS[cfg.variant].phases
     return sum(n for k, n in enumerate(limits) if min(kept, key=lambda own: abs(own - k)) == phase)
