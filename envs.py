@@ -21,6 +21,7 @@ import os
 import random
 import re
 import sys
+import tempfile
 import zlib
 from array import array
 from collections import Counter, defaultdict
@@ -29,6 +30,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from decimal import Decimal
 from functools import cache, lru_cache
+from importlib import import_module
 from importlib.resources import files
 from importlib.util import find_spec
 from itertools import chain
@@ -221,12 +223,25 @@ STAND_IN = "UNKNOWN GOAL"                                 # as in the grammar th
 Facts = dict[str, list[tuple[str, ...]]]                  # predicate -> its true argument tuples, sorted
 
 
+def _import_alfworld() -> None:
+    """On import, alfworld makes the folder that $ALFWORLD_DATA names, or one in the home, and sets the variable. Here it is told
+    of a folder that is there anyway, and the variable stays as the user has it."""
+    before = os.environ.get("ALFWORLD_DATA")
+    os.environ["ALFWORLD_DATA"] = tempfile.gettempdir()
+    try:
+        import_module("alfworld.info")
+    finally:
+        os.environ.pop("ALFWORLD_DATA")
+        os.environ.update({} if before is None else {"ALFWORLD_DATA": before})
+
+
 @lru_cache(maxsize=1)
 def _textworld() -> SimpleNamespace:
     """The parts of TextWorld that are used, imported late: they take a second."""
     if sys.version_info >= (3, 13):
         raise ImportError("TextWorld's PDDL engine does not run on Python 3.13 or newer; use Python 3.10 to 3.12")
     try:
+        _import_alfworld()
         import fast_downward
         from alfworld.agents.utils.misc import Demangler
         from fast_downward.translate.pddl.conditions import Atom
@@ -613,8 +628,8 @@ def make(name: str, *, data: str = "", compact: bool = False, max_steps: int = 5
     """The environment that a configuration asks for: "alfworld" or "webshop", of the files in `data` or generated.
 
     `seed` draws what is generated, `max_steps` is in actions, `shop` are settings of `make_shop`. `compact`: the tiny
-    policy's small world, on ALFWorld whatever `data` says. ALFWorld's empty `data` means $ALFWORLD_DATA if that holds
-    the games. Raises ValueError or ImportError with the mend.
+    policy's small world, on ALFWorld whatever `data` says. ALFWorld's empty `data` means $ALFWORLD_DATA, read alike; without either
+    the games are generated. Raises ValueError or ImportError with the mend.
     """
     if name == "webshop":
         return make_shop(data, compact, max_steps, seed, **shop)
@@ -623,11 +638,15 @@ def make(name: str, *, data: str = "", compact: bool = False, max_steps: int = 5
     _textworld()
     if compact:
         return AlfWorld.household(seed, max_steps=max_steps)
-    # Importing alfworld sets $ALFWORLD_DATA to a cache folder, so the variable alone says nothing.
     found = data or os.environ.get("ALFWORLD_DATA", "")
-    if data or (found and (Path(found) / "json_2.1.1" / "train").is_dir()):
+    # A program that imported alfworld by itself has the variable set to this cache, which says nothing while it is empty.
+    cache = Path("~/.cache/alfworld").expanduser()
+    if not found or (not data and Path(found) == cache and not (cache / "json_2.1.1").is_dir()):
+        return AlfWorld.generated(seed, max_steps=max_steps)
+    try:
         return AlfWorld.official(found, max_steps=max_steps)
-    return AlfWorld.generated(seed, max_steps=max_steps)
+    except ValueError as error:
+        raise error if data else ValueError(f"$ALFWORLD_DATA: {error}; or unset it, for generated games") from error
 
 
 # ---- 5. Generated games: what the wheel knows ---------------------------------------------------------------------------------
@@ -647,6 +666,7 @@ LAMP_STANDS = ("Desk", "SideTable", "Dresser", "DiningTable", "Shelf", "CoffeeTa
 @cache
 def wheel() -> SimpleNamespace:
     """The tables of alfworld's wheel, read on first use. None of this needs AI2-THOR, torch or the data set."""
+    _import_alfworld()
     from alfworld.gen import constants, goal_library
     root = files("alfworld")
     fixed = sorted(set(constants.VAL_RECEPTACLE_OBJECTS) - constants.MOVABLE_RECEPTACLES_SET)

@@ -41,7 +41,9 @@ try:
     from skills import FLAG, NUMBER, TEXT, Form, count, misfit
     from tools import bench, metrics, play, report
     from tools.files import (
+        OWN,
         checkpoints,
+        damage,
         file_hash,
         latest_checkpoint,
         load_bank,
@@ -80,7 +82,7 @@ def append_metrics(folder: Path, row: dict[str, Any]) -> None:
     """Append an iteration's row to metrics.csv, numbers to six digits, the header before the first; on the disk when
     it returns."""
     path = folder / "metrics.csv"
-    new = not path.exists()
+    new = not path.exists() or not path.stat().st_size
     with path.open("a", newline="") as f:
         writer = csv.DictWriter(f, fieldnames=list(row))
         if new:
@@ -103,10 +105,15 @@ def save_sample(folder: Path, learner: siri.Learner, it: siri.Iteration) -> None
 
 def save_checkpoint(folder: Path, learner: siri.Learner) -> None:
     """Adapter (peft format), optimizer, progress and bank with their hashes, written aside and renamed: at any moment the
-    folder holds a whole checkpoint. The last two are kept."""
+    folder holds a whole checkpoint. The last two are kept. UserError for values that are not finite: they are not saved."""
     from safetensors.torch import save_file
     root, bank, p = folder / "checkpoints", learner.bank.to_json(), learner.progress
-    name, aside = f"{p.iteration:05d}-{p.phase}", root / "writing"
+    name, aside = f"{p.iteration:05d}-{len(PHASES) if p.finished else p.phase}", root / "writing"
+    # What was saved in this iteration and phase is this very state: to write it again would take away a sound one first.
+    if not damage(root / name):
+        return
+    if not all(tensor.isfinite().all() for tensor in learner.policy.trainable):
+        raise UserError("the adapter has values that are not finite, and is not saved: resume with a lower --lr and --distill-lr")
     shutil.rmtree(aside, ignore_errors=True)
     learner.policy.model.save_pretrained(aside)
     state = {i: s | s.pop("__bnb_optimizer_quant_state__", {})                # where bitsandbytes nests its tensors
@@ -328,10 +335,16 @@ def lock(folder: Path) -> Any:
 
 def prepare_folder(cfg: Config, held: ExitStack) -> Path:
     """Make the run folder, lock it for `held`, and find out now whether it can be written to and has room. UserError if it
-    can't be used, holds a run, or has too little room (0.05 GiB compact, else 3 GiB)."""
+    can't be used, holds a run or what is not of a run, or has too little room (0.05 GiB compact, else 3 GiB)."""
     folder = Path("runs") / cfg.name
     if any((folder / "checkpoints").glob("[0-9]*")):
         raise UserError(f"{folder} already holds a run: go on with --resume {folder}, or give another --name")
+    strange = sorted(p.name for p in folder.glob("*") if p.name not in OWN)
+    if strange:
+        raise UserError(f"{folder}: holds other files ({', '.join(strange)[:100]}); give another --name")
+    need, free = 0.05 if cfg.compact else 3.0, shutil.disk_usage("runs" if Path("runs").is_dir() else ".").free / 2**30
+    if free < need:
+        raise UserError(f"{folder}: {free:.2f} GiB free, checkpoints need {need} GiB; make room")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "checkpoints").mkdir(exist_ok=True)
@@ -339,10 +352,6 @@ def prepare_folder(cfg: Config, held: ExitStack) -> Path:
         write_json(folder / "config.json", dataclasses.asdict(cfg))
     except OSError as e:
         raise UserError(f"{folder}: cannot be written ({e.strerror}); run in a folder of your own") from e
-    need, free = 0.05 if cfg.compact else 3.0, shutil.disk_usage(folder).free / 2**30
-    if free < need:
-        shutil.rmtree(folder)
-        raise UserError(f"{folder}: {free:.2f} GiB free, checkpoints need {need} GiB; make room")
     return folder
 
 
@@ -359,6 +368,8 @@ def train_run(cfg: Config, folder: Path, reason: str, checkpoint: Path | None) -
         load_checkpoint(learner, checkpoint)
         take_back(folder, learner)
         write_json(folder / "config.json", dataclasses.asdict(cfg))
+    else:
+        save_checkpoint(folder, learner)            # before the first evaluation, which takes hours on a large model
     try:
         consume(learner, folder, Stop())
     except UserError as e:

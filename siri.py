@@ -267,6 +267,8 @@ def rollout(policy: Policy, env: envs.Environment, plan: Plan, temperature: floa
                 plain = fit_prompt(policy, e, None) if e.skill else None
                 try:
                     after = games[g].step(e.state, action)
+                    if not math.isfinite(after.reward):
+                        raise ValueError(f"its reward is {after.reward}")
                 except Exception as error:      # as above
                     lose(g, error)
                     continue

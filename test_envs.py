@@ -401,6 +401,33 @@ def test_the_variable_that_importing_alfworld_sets_is_no_data(tmp_path):
     out = subprocess.run([sys.executable, "-c", code], cwd=HERE, env=clean, capture_output=True, text=True)
     assert "GENERATED" in out.stdout and "not ALFWorld benchmark scores" in out.stdout, out.stderr
 
+
+@pytest.mark.parametrize("spelling", ["{0}", "{0}/json_2.1.1", "~", "~/json_2.1.1"])
+def test_the_variable_is_read_as_the_flag_is(tmp_path, monkeypatch, spelling):
+    place = spelling.format(make_folder(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    given = envs.make("alfworld", data=place).notice
+    monkeypatch.setenv("ALFWORLD_DATA", place)
+    assert envs.make("alfworld").notice == given and "official games" in given
+
+
+@pytest.mark.parametrize("place", ["{0}", "{0}/nowhere", "~/nothing"])
+def test_a_variable_that_holds_no_games_is_an_error_and_no_reason_to_generate_some(tmp_path, monkeypatch, place):
+    monkeypatch.setenv("ALFWORLD_DATA", place.format(tmp_path))
+    with pytest.raises(ValueError, match=r"\$ALFWORLD_DATA: .*alfworld-download.*unset it"):
+        envs.make("alfworld")
+    assert "GENERATED" in envs.make("alfworld", compact=True).notice
+
+
+@pytest.mark.parametrize("home", [None, "/proc/nowhere"])
+def test_no_home_is_needed_and_none_is_made(tmp_path, home):
+    """alfworld makes a folder in the home, or one called `~`, when it is imported."""
+    clean = {k: v for k, v in os.environ.items() if k not in ("ALFWORLD_DATA", "HOME")} | ({"HOME": home} if home else {})
+    code = (f"import os, sys; sys.path.insert(0, {str(HERE)!r}); import envs; before = dict(os.environ)\n"
+            "print(envs.make('alfworld', compact=True).notice); assert dict(os.environ) == before")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=clean, capture_output=True, text=True)
+    assert "GENERATED" in done.stdout and list(tmp_path.iterdir()) == [], done.stderr
+
 # ---- 5. generated games ----------------------------------------------------------------------------------------------
 
 

@@ -53,7 +53,7 @@ from conftest import (
     write_shop,
 )
 from policy import Policy, UserError
-from run import load_checkpoint, lock, main, parse_arguments
+from run import append_metrics, load_checkpoint, lock, main, parse_arguments, save_checkpoint
 from skills import Skill, SkillBank, SkillRejected
 from tools.files import checkpoints, damage, file_hash, latest_checkpoint, write_json
 from tools.metrics import wilson
@@ -543,9 +543,67 @@ def test_no_room_and_no_permission_are_said_at_once(tmp_path, monkeypatch, capsy
     with monkeypatch.context() as full:
         full.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 10**6))
         assert re.search("runs/x: 0.00 GiB free.*make room", refusal(capsys, *SMOKE))
-    shutil.rmtree("runs")
+        assert list(tmp_path.iterdir()) == []
     Path("runs").write_text("a file")
     assert re.search("runs/x: cannot be written", refusal(capsys, *SMOKE))
+
+
+def test_what_is_not_of_a_run_stays_where_it_is(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    notes = tmp_path / "runs/x/notes.txt"
+    notes.parent.mkdir(parents=True)
+    notes.write_text("mine")
+    assert re.search("runs/x: holds other files .notes.txt.*--name", refusal(capsys, *SMOKE))
+    with monkeypatch.context() as full:
+        full.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 10**6))
+        refusal(capsys, *SMOKE)
+    assert [p.name for p in notes.parent.iterdir()] == ["notes.txt"] and notes.read_text() == "mine"
+
+
+def test_a_run_can_be_resumed_from_its_first_second(tmp_path, monkeypatch, capsys):
+    """Interrupted at once while the base is evaluated; then resumed to the end, the base included."""
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(siri, "evaluate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert main(f"{SMALL} --env-steps 1 --panel 2 --groups 1".split()) == 130
+    assert "stopped at once; go on with: python siri.py --resume runs/x" in capsys.readouterr().err
+    assert latest_checkpoint(Path("runs/x")).name == "00000-0"
+    assert main(["--resume", "runs/x"]) == 0
+    assert [r["label"] for r in json.loads(Path("runs/x/results.json").read_text())] == ["base", "final"]
+
+
+def test_a_sound_checkpoint_is_not_taken_away_before_another_is_there(copied_run, monkeypatch):
+    """The same state is not written again; a damaged one gives way; and what is not finite is not saved."""
+    cfg = load_config(copied_run, {})
+    newest = latest_checkpoint(copied_run)
+    learner = siri.Learner.begin(cfg, make_environment(cfg), Policy(cfg, newest))
+    load_checkpoint(learner, newest)
+    assert newest.name == "00006-3" and learner.progress.finished
+    gone = []
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda path, **_: gone.append(Path(path).name))
+        save_checkpoint(copied_run, learner)
+    assert gone == []
+    spoil(newest / "skills.json", "cut")
+    save_checkpoint(copied_run, learner)
+    assert damage(newest) == "" and len(checkpoints(copied_run)) == 2
+    learner.progress.iteration += 1
+    for value in (math.nan, math.inf):
+        with torch.no_grad():
+            learner.policy.trainable[0][0, 0] = value
+        with pytest.raises(UserError, match="not finite.*--lr"):
+            save_checkpoint(copied_run, learner)
+    assert latest_checkpoint(copied_run) == newest
+
+
+def test_a_file_of_metrics_without_its_first_row_gets_a_header(copied_run):
+    """As one that was made when the disk was full."""
+    path = copied_run / "metrics.csv"
+    rows = metrics(copied_run.parents[1])
+    path.write_bytes(b"")
+    for row in rows:
+        append_metrics(copied_run, row)
+    assert metrics(copied_run.parents[1]) == rows
 
 # ---- 3. What no text and no file may do ------------------------------------------------------------------------------
 

@@ -132,6 +132,23 @@ def test_an_environment_that_raises_loses_its_own_group_only(policy, small, at):
     assert failures == [f"{tasks[1].id}: OSError: disk on fire"]
 
 
+@pytest.mark.parametrize("reward", [math.nan, math.inf, -math.inf, None, "ten"])
+def test_a_reward_that_is_no_finite_number_loses_its_own_group_only(policy, small, reward):
+    """Else it would go on into advantages, effects and a checkpoint that nobody could read."""
+    tasks, failures = [small.tasks("train")[i] for i in range(2)], []
+
+    class Odd(Faulty):
+        def open(self, task):
+            game = self.world.open(task)
+            play_on = game.step
+            game.step = lambda state, action: dataclasses.replace(play_on(state, action), **(
+                dict(reward=reward) if self.breaks(task) and state.steps == 2 else {}))
+            return game
+
+    groups = siri.rollout(policy, Odd(small, lambda task: task.id == tasks[0].id, 0), [(t, [None] * 2) for t in tasks], 1.0, failures)
+    assert [len(group) for group in groups] == [0, 2] and len(failures) == 1 and failures[0].startswith(tasks[0].id)
+
+
 def test_a_state_with_more_actions_than_a_prompt_can_list_loses_its_own_group_only(policy, small):
     """As a product with thousands of options would be. Where it is the first state, the settings are at fault."""
     many = tuple(f"go to shelf {n}" for n in range(999))

@@ -53,6 +53,8 @@ def read_json(path: Path, form: Any = skills.ANYTHING) -> Any:
     return data
 
 
+OWN = {"config.json", "lock", "checkpoints", "samples", "metrics.csv", "results.json", "skills.json", "report.html",
+       *(f"{name}.tmp" for name in ("config.json", "results.json", "skills.json"))}               # what a run makes in its folder
 FILES = {"adapter_model.safetensors", "optimizer.safetensors", "progress.json", "skills.json"}         # of every checkpoint
 RATES = {"n": count(), "successes": count(), "success": NUMBER, "interval": [NUMBER], "mean_steps": NUMBER,
          "invalid_rate": Form(lambda x: isinstance(x, (int, float)), "a number or NaN"), ...: skills.ANYTHING}
