@@ -170,6 +170,7 @@ class Policy:
     def neutralise(self, text: str) -> str:
         """Break every control token in text that comes from a task, an environment or a skill, so that it stays text."""
         text = text.encode(errors="replace").decode()       # JSON can hold half a character, which no tokenizer takes
+        # Until there is none: what is left of one token, put together, may be another.
         while any(t in text for t in self.specials):
             for t in self.specials:
                 text = text.replace(t, t[0] + " " + t[1:])
@@ -187,6 +188,7 @@ class Policy:
     def generate(self, prompts: Sequence[list[int]], temperature: float, max_new: int) -> list[list[int]]:
         """Sample one response per prompt (at most `max_new` ids, the stop token included), in batches of prompts of like
         length within `gen_tokens`. Temperature 0 is greedy. UserError if not even a single row fits into memory."""
+        # Prompts of like length share a batch, so that little is padding; answers that are there survive a second try.
         out: list[list[int]] = [[] for _ in prompts]
 
         def work() -> None:
@@ -214,6 +216,7 @@ class Policy:
                     ended.setdefault(b, ids.shape[1] - start)
             return done
 
+        # No top-k, top-p or penalty: what is sampled from is what `logprobs` trains.
         config = GenerationConfig(
             do_sample=temperature > 0, temperature=temperature or 1.0, top_k=0, top_p=1.0, max_new_tokens=max_new,
             eos_token_id=self.stops, pad_token_id=self.pad, use_cache=True,
@@ -299,6 +302,7 @@ class Policy:
         if self.device == "cpu":
             self.gen_tokens, self.update_tokens = self.gen_tokens or 32768, self.update_tokens or 8192
             return
+        # Two probes of each kind of work are a line: what is taken anyway, and what a token takes more.
         total = torch.cuda.get_device_properties(0).total_memory
         limit = min(cfg.memory_gib * 2**30, torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved())
         torch.cuda.set_per_process_memory_fraction(limit / total)

@@ -115,6 +115,7 @@ def save_checkpoint(folder: Path, learner: siri.Learner) -> None:
     if not all(tensor.isfinite().all() for tensor in learner.policy.trainable):
         raise UserError("the adapter has values that are not finite, and is not saved: resume with a lower --lr and --distill-lr")
     shutil.rmtree(aside, ignore_errors=True)
+    # The base model is not saved: the adapter is all that is learnt.
     learner.policy.model.save_pretrained(aside)
     state = {i: s | s.pop("__bnb_optimizer_quant_state__", {})                # where bitsandbytes nests its tensors
              for i, s in learner.optimizer.state_dict()["state"].items()}
@@ -123,6 +124,7 @@ def save_checkpoint(folder: Path, learner: siri.Learner) -> None:
     write_text(aside / "progress.json", json.dumps(vars(p), default=vars))    # on one line: it holds many token ids
     write_json(aside / "skills.json", bank)
     write_json(aside / "manifest.json", {path.name: file_hash(path) for path in sorted(aside.iterdir())})
+    # On the disk before it gets its name: after a power cut a checkpoint with a name is a whole one.
     for path in (*aside.iterdir(), aside):
         sync(path)
     shutil.rmtree(root / name, ignore_errors=True)
@@ -135,6 +137,7 @@ def save_checkpoint(folder: Path, learner: siri.Learner) -> None:
 
 def load_progress(path: Path, vocab: int, n_skills: int) -> siri.Progress:
     """Progress as `save_checkpoint` wrote it. UserError naming what no run can have written."""
+    # Ids go to the tokenizer and places to the bank: what would be out of range there is found here, with the file's name.
     token = Form(lambda x: type(x) is int and 0 <= x < vocab, f"a token id below {vocab}")
     tokens = Form(lambda x: isinstance(x, list) and bool(x) and all(map(token.holds, x)), f"token ids below {vocab}")
     told = Form(lambda x: isinstance(x, list) and bool(x) and all(
@@ -221,6 +224,7 @@ def consume(learner: siri.Learner, folder: Path, stop: Stop) -> None:
                 continue
             if isinstance(event, siri.Iteration):
                 record_iteration(folder, learner, event, bar)
+            # At a milestone always: an evaluation follows or has just been played, which is dear to repeat.
             if isinstance(event, siri.Milestone) or p.iteration % cfg.save_every == 0 or stop.asked:
                 save_checkpoint(folder, learner)
             if isinstance(event, siri.Milestone) and event.reason:
@@ -235,6 +239,7 @@ def record_iteration(folder: Path, learner: siri.Learner, it: siri.Iteration, ba
     p, kappa, row = learner.progress, learner.cfg.kappa, metrics.metrics_row(learner, it)
     if it.number % learner.cfg.sample_every == 0:
         save_sample(folder, learner, it)
+    # The row goes to the disk before the checkpoint that counts it; on resuming, rows that no checkpoint counts are cut off.
     append_metrics(folder, row)
     lines = [f"     mined: {skill.text}" for skill in it.mined] + [f"a group is lost: {cause}" for cause in it.failures]
     lines += [f"     {skill.state}: {skill.text}  ({metrics.utility(skill, kappa)})" for skill in it.judged]
@@ -427,6 +432,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return check()
             act(chosen, given, held)
         return 0
+    # Anything else that is raised is a fault of this program, and shows where it is.
     except UserError as e:
         print(f"siri: {' '.join(str(e).split())}", file=sys.stderr)         # one line, whatever it quotes
         return 2
