@@ -13,6 +13,7 @@ same state by construction, and can be replayed or branched at will.
 from __future__ import annotations
 
 import ast
+import errno
 import io
 import itertools
 import json
@@ -20,6 +21,8 @@ import math
 import os
 import random
 import re
+import shutil
+import subprocess
 import sys
 import tempfile
 import zlib
@@ -77,6 +80,10 @@ class State:
     engine: Any = field(default=None, repr=False, compare=False)
 
 
+class MachineFault(Exception):
+    """Not the policy failed, nor the game: the machine did, and would again. The message says how to mend it."""
+
+
 class Game(Protocol):
     """One task, opened. All rollouts of a group play the same `Game`: `step` returns the state after an action, and
     leaves the old one as it was."""
@@ -90,7 +97,7 @@ class Game(Protocol):
 class Environment(Protocol):
     """A benchmark: tasks by split, and games to play them in. An episode ends after `max_steps` actions.
 
-    `open` and `step` may raise anything: the group is then dropped, or in an evaluation counted as not solved.
+    `open` and `step` may raise anything: the group, or in an evaluation the game, is then left out. MachineFault ends the run.
     """
     name: str
     scored: bool                    # whether a task has a score besides success
@@ -218,6 +225,7 @@ def parse_action(response: str) -> str | None:
 # - a state already visited by any rollout of the group is not computed again.
 # Text, admissible commands, reward and end are the same to the byte; the tests play both side by side.
 
+SHORTAGES = {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EROFS}
 BANNER = "-= Welcome to TextWorld, ALFRED! =-\n\n"        # TextWorld's; it says nothing, so policies don't see it
 STAND_IN = "UNKNOWN GOAL"                                 # as in the grammar that alfworld ships
 Facts = dict[str, list[tuple[str, ...]]]                  # predicate -> its true argument tuples, sorted
@@ -251,7 +259,12 @@ def _textworld() -> SimpleNamespace:
     except ImportError as error:
         raise ImportError(f"ALFWorld is not installed ({error}); run `pip install -r requirements.txt` (its Fast Downward is "
                           "compiled on the spot, which takes cmake, a C++ compiler and some minutes)") from error
-    return SimpleNamespace(fd=fast_downward, Atom=Atom, logic=logic, textgen=textgen, EntityInfo=EntityInfo, Rule=Rule,
+    # Each open game has a copy of this library in $TMPDIR: 33 MB, nearly all of it for debuggers, or 1.3 MB without that.
+    thin = tempfile.TemporaryDirectory(prefix="siri-", ignore_cleanup_errors=True)
+    whole, stripped, tool = fast_downward.interface.DOWNWARD_LIB_PATH, f"{thin.name}/libdownward.so", shutil.which("strip")
+    if tool and subprocess.run([tool, "-g", "-o", stripped, whole], capture_output=True).returncode == 0:
+        fast_downward.interface.DOWNWARD_LIB_PATH = stripped
+    return SimpleNamespace(thin=thin, fd=fast_downward, Atom=Atom, logic=logic, textgen=textgen, EntityInfo=EntityInfo, Rule=Rule,
                            Demangler=Demangler)
 
 
@@ -359,7 +372,11 @@ class AlfEngine:
 
     def __init__(self) -> None:
         self.fd = _textworld().fd
-        self.lib = self.fd.load_lib()
+        try:
+            self.lib = self.fd.load_lib()
+        except OSError as error:
+            raise MachineFault(f"Fast Downward's library can't be loaded from {tempfile.gettempdir()} ({error}): each open game "
+                               "needs 2 MB there and the right to execute; make room, or set TMPDIR to another folder") from error
 
     def load(self, data: Mapping[str, Any]) -> None:
         """Translate a game in ALFWorld's format (`pddl_game`): `root` is then its first node, `intro` its opening text.
@@ -604,9 +621,16 @@ class AlfWorld:
         return pddl_game(task.data) if isinstance(task.data, Scene) else json.loads(task.data.read_text("utf-8"))
 
     def open(self, task: Task) -> AlfGame:
-        """The task's game, on a free engine or a new one. Raises ValueError naming a game that is not sound."""
+        """The task's game, on a free engine or a new one. Raises ValueError naming a game that is not sound, and MachineFault."""
         try:
             return AlfGame(self, task, self._data(task))
+        except MachineFault:
+            raise
+        except (MemoryError, OSError) as error:
+            if isinstance(error, OSError) and error.errno not in SHORTAGES:
+                raise ValueError(f"{task.id}: cannot be read ({error}); get it again with `alfworld-download`") from error
+            raise MachineFault(f"{task.id}: cannot be opened ({type(error).__name__}: {error}): the machine is out of memory, disk "
+                               "or file handles (`ulimit -n`)") from error
         except Exception as error:                  # whatever is wrong with a file from elsewhere, say which file it is
             raise ValueError(f"{task.id} is not a sound ALFWorld game ({type(error).__name__}: {' '.join(str(error).split())}); "
                              "get it again with `alfworld-download`") from error

@@ -229,13 +229,15 @@ def rollout(policy: Policy, env: envs.Environment, plan: Plan, temperature: floa
     """Play every group of the plan: a task, and for each of its rollouts a skill or None. Groups come back in its order.
 
     An environment that raises, or reaches a state whose prompt can't be cut to `max_prompt`, loses its group: the group
-    comes back empty and the cause is appended to `failures`. UserError for such a prompt of a first step, and for a row that
-    doesn't fit into memory.
+    comes back empty and the cause is appended to `failures`. UserError for such a prompt of a first step, for a row that
+    doesn't fit into memory, and where the machine fails.
     """
     groups = [[Episode(task, skill) for skill in dealt] for task, dealt in plan]
     lost: set[int] = set()
 
     def lose(g: int, error: Exception) -> None:
+        if isinstance(error, envs.MachineFault):        # it would lose every other group, too
+            raise UserError(str(error)) from error
         lost.add(g)
         if failures is not None:
             failures.append(f"{plan[g][0].id}: {type(error).__name__}: {error}")
@@ -823,7 +825,7 @@ def evaluate(policy: Policy, env: envs.Environment, panel: Sequence[envs.Task], 
     """Play every game of the panel once. Without a bank, the plain prompt and nothing else; the bank is for the ablation.
 
     The same games and the same seed whatever the checkpoint, and the state of training is left as it was. A game that was
-    lost (`rollout`) is an episode without steps, and not solved. UserError as `rollout`, and if all were lost.
+    lost (`rollout`) is left out: it says nothing of the policy. UserError as `rollout`, and if all were lost.
     """
     # One seed for all checkpoints and variants, so that they meet the same dice on the same games: comparisons are paired.
     torch.manual_seed(stable_seed(0, "evaluate"))
@@ -832,7 +834,7 @@ def evaluate(policy: Policy, env: envs.Environment, panel: Sequence[envs.Task], 
     for i in range(0, len(panel), at_once):
         plan = [(t, [bank.retrieve(t.goal, explore=False) if bank else None]) for t in panel[i:i + at_once]]
         groups = rollout(policy, env, plan, cfg.eval_temperature, failures)
-        episodes += [group[0] if group else Episode(task, None) for group, (task, _) in zip(groups, plan)]
+        episodes += [group[0] for group in groups if group]
     if len(failures) == len(panel):
         raise UserError(f"every game of the panel was lost; the last: {failures[-1]}; mend the environment or its data, or "
                         "raise --max-prompt")

@@ -428,6 +428,14 @@ def test_no_home_is_needed_and_none_is_made(tmp_path, home):
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=clean, capture_output=True, text=True)
     assert "GENERATED" in done.stdout and list(tmp_path.iterdir()) == [], done.stderr
 
+
+def test_open_games_take_little_of_the_folder_for_temporary_files():
+    """64 at a time, each with a copy of Fast Downward's library: the copies are of one without symbols for debuggers."""
+    library = Path(envs._textworld().fd.interface.DOWNWARD_LIB_PATH)
+    if not shutil.which("strip"):
+        pytest.skip("no `strip` here: the whole library is copied")
+    assert 64 * library.stat().st_size < 200e6
+
 # ---- 5. generated games ----------------------------------------------------------------------------------------------
 
 

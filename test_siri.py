@@ -1,6 +1,7 @@
 """The method: rollouts, advantages and effects, rows, the loss and the update, phases and variants."""
 
 import dataclasses
+import errno
 import inspect
 import math
 import re
@@ -19,7 +20,7 @@ from conftest import SMALL, bank_with, close, config, gradient, learner_of, new_
 from policy import Policy, UserError
 from run import main
 from skills import Skill
-from tools.metrics import warnings_of, wilson
+from tools.metrics import summarise, warnings_of, wilson
 from tools.oracle import oracle_walkthrough
 from tools.settings import make_environment
 
@@ -130,6 +131,29 @@ def test_an_environment_that_raises_loses_its_own_group_only(policy, small, at):
     assert [len(group) for group in groups] == [2, 0, 2]
     assert all(e.success or len(e.steps) == small.max_steps for e in groups[0] + groups[2])
     assert failures == [f"{tasks[1].id}: OSError: disk on fire"]
+
+
+@pytest.mark.parametrize("fault", [OSError(errno.ENOSPC, "No space left on device"), OSError("failed to map segment"), MemoryError()])
+def test_a_machine_that_fails_ends_the_run_and_is_never_a_policys_failure(policy, small, monkeypatch, fault):
+    """No room for the engine's library or no right to execute it, and no memory for a game; in training as in an evaluation."""
+    def fail(*_):
+        raise fault
+
+    tasks = [small.tasks("train")[i] for i in range(2)]
+    monkeypatch.setattr(envs.AlfWorld, "engines", [])
+    monkeypatch.setattr(*(envs.AlfEngine, "load") if isinstance(fault, MemoryError) else (envs._textworld().fd, "load_lib"), fail)
+    for play in (lambda: siri.rollout(policy, small, [(task, [None]) for task in tasks], 1.0, []),
+                 lambda: siri.evaluate(policy, small, tasks, policy.cfg, "x")):
+        with pytest.raises(UserError, match="TMPDIR|out of memory"):
+            play()
+
+
+def test_a_game_that_is_lost_is_left_out_of_an_evaluation(policy, small):
+    panel = [small.tasks("train")[i] for i in range(3)]
+    played = siri.evaluate(policy, Faulty(small, lambda task: task.id == panel[0].id, 1), panel, policy.cfg, "x")
+    result = summarise(small, policy.cfg, played)
+    assert result["n"] == 2 == sum(kind["n"] for kind in result["kinds"].values()) and result["failures"] == 1
+    assert set(result["outcomes"]) == {task.id for task in panel[1:]} and "3 games" in result["panel"]
 
 
 @pytest.mark.parametrize("reward", [math.nan, math.inf, -math.inf, None, "ten"])

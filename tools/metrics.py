@@ -110,7 +110,7 @@ def summarise(env: envs.Environment, cfg: Config, played: siri.Evaluation) -> di
     kinds: dict[str, list[siri.Episode]] = defaultdict(list)
     for e in played.episodes:
         kinds[e.task.kind].append(e)
-    n, split = len(played.episodes), played.episodes[0].task.split
+    n, split = len(played.episodes) + len(played.failures), played.episodes[0].task.split
     return dict(label=played.label, notice=env.notice, versions={p: version(p) for p in ("torch", "transformers", "peft")},
                 panel=f"{env.name} {split}, {n} games", skills=played.with_skills, temperature=cfg.eval_temperature,
                 seconds=played.seconds, failures=len(played.failures), **rates(played.episodes),
@@ -164,7 +164,7 @@ def utility(skill: Skill, kappa: float) -> str:
 
 def lost_games(played: siri.Evaluation) -> list[str]:
     """A line for each game that was not played to its end."""
-    return [f"a game is lost, counted as not solved: {cause}" for cause in played.failures]
+    return [f"a game is lost, and left out: {cause}" for cause in played.failures]
 
 
 def kind_lines(result: dict[str, Any]) -> list[str]:
