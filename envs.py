@@ -29,7 +29,7 @@ import zlib
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from decimal import Decimal
 from functools import cache, lru_cache
@@ -107,6 +107,48 @@ class Environment(Protocol):
 
     def tasks(self, split: str) -> Sequence[Task]: ...
     def open(self, task: Task) -> Game: ...
+
+
+class Games:
+    """The games of a rollout's groups, by number. A group whose environment raises, or pays what is no finite number, is lost: its
+    `step` gives None from then on, and why is added to `failures`. Raises MachineFault, which would lose every other group, too."""
+
+    def __init__(self, env: Environment, tasks: Sequence[Task], failures: list[str]) -> None:
+        self.tasks, self.failures, self.lost, self.games, self.opened = tasks, failures, set[int](), dict[int, Game](), ExitStack()
+        for g, task in enumerate(tasks):
+            try:
+                self.games[g] = env.open(task)
+            except Exception as error:              # an environment may raise anything; the group is lost, the run is not
+                self.lose(g, error)
+            else:
+                self.opened.callback(self.games[g].close)
+
+    def __enter__(self) -> Games:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.opened.close()
+
+    def lose(self, g: int, error: Exception) -> None:
+        """Give a group up."""
+        if isinstance(error, MachineFault):
+            self.opened.close()
+            raise error
+        self.lost.add(g)
+        self.failures.append(f"{self.tasks[g].id}: {type(error).__name__}: {error}")
+
+    def step(self, g: int, state: State, action: str) -> State | None:
+        """The state after an action in game `g`."""
+        if g in self.lost:
+            return None
+        try:
+            after = self.games[g].step(state, action)
+            if not math.isfinite(after.reward):
+                raise ValueError(f"its reward is {after.reward}")
+            return after
+        except Exception as error:                  # as above
+            self.lose(g, error)
+            return None
 
 
 # ---- 2. What the policy reads and writes -------------------------------------------------------------------

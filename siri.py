@@ -35,7 +35,6 @@ import math
 import time
 from collections import Counter
 from collections.abc import Generator, Iterable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -228,61 +227,39 @@ def rollout(policy: Policy, env: envs.Environment, plan: Plan, temperature: floa
             failures: list[str] | None = None) -> list[Group]:
     """Play every group of the plan: a task, and for each of its rollouts a skill or None. Groups come back in its order.
 
-    An environment that raises, or reaches a state whose prompt can't be cut to `max_prompt`, loses its group: the group
-    comes back empty and the cause is appended to `failures`. UserError for such a prompt of a first step, for a row that
-    doesn't fit into memory, and where the machine fails.
+    An environment that raises, or reaches a state whose prompt can't be cut to `max_prompt`, loses its group: the group comes back
+    empty and the cause is appended to `failures`. UserError for such a prompt of a first step, for a row that doesn't fit into
+    memory, and where the machine fails.
     """
     groups = [[Episode(task, skill) for skill in dealt] for task, dealt in plan]
-    lost: set[int] = set()
-
-    def lose(g: int, error: Exception) -> None:
-        if isinstance(error, envs.MachineFault):        # it would lose every other group, too
-            raise UserError(str(error)) from error
-        lost.add(g)
-        if failures is not None:
-            failures.append(f"{plan[g][0].id}: {type(error).__name__}: {error}")
-
-    with ExitStack() as opened:
-        games: dict[int, envs.Game] = {}
-        live: list[tuple[int, Episode]] = []
-        for g, group in enumerate(groups):
-            try:
-                games[g] = env.open(plan[g][0])
-            except Exception as error:          # an environment may raise anything; the group is lost, the run is not
-                lose(g, error)
-                continue
-            opened.callback(games[g].close)
-            for e in group:
-                e.state = games[g].start        # the same for all rollouts of a group: that makes them comparable
+    try:
+        with envs.Games(env, [task for task, _ in plan], [] if failures is None else failures) as games:
+            live = [(g, e) for g, game in games.games.items() for e in groups[g]]
+            for g, e in live:
+                e.state = games.games[g].start      # the same for all rollouts of a group: that makes them comparable
                 e.prompt = fit_prompt(policy, e, e.skill)
-                live.append((g, e))
-        # All unfinished rollouts of all groups take their next step in one generation batch.
-        while live:
-            responses = policy.generate([e.prompt for _, e in live], temperature, policy.cfg.max_response)
-            for (g, e), response in zip(live, responses):
-                if g in lost:
-                    continue
-                # What can't be parsed is sent as "", which no world admits: it costs a step, and c of G6 [O].
-                text = policy.decode(response)
-                action = envs.parse_action(text) or ""
-                # S9 distils into the prompt that the policy would have had without the skill: it is kept beside the real one.
-                plain = fit_prompt(policy, e, None) if e.skill else None
-                try:
-                    after = games[g].step(e.state, action)
-                    if not math.isfinite(after.reward):
-                        raise ValueError(f"its reward is {after.reward}")
-                except Exception as error:      # as above
-                    lose(g, error)
-                    continue
-                e.steps.append(Step(e.prompt, response, text, action, e.state.observation, e.state.anchor, plain,
-                                    after.observation, after.reward, bool(action) and after.valid))
-                e.state, e.success, e.score = after, after.success, after.score
-                try:
-                    e.prompt = [] if after.done else fit_prompt(policy, e, e.skill)
-                except UserError as error:
-                    lose(g, error)
-            live = [(g, e) for g, e in live if g not in lost and not e.state.done]
-    return [[] if g in lost else group for g, group in enumerate(groups)]
+            # All unfinished rollouts of all groups take their next step in one generation batch.
+            while live:
+                responses = policy.generate([e.prompt for _, e in live], temperature, policy.cfg.max_response)
+                for (g, e), response in zip(live, responses):
+                    # What can't be parsed is sent as "", which no world admits: it costs a step, and c of G6 [O].
+                    text = policy.decode(response)
+                    action = envs.parse_action(text) or ""
+                    if (after := games.step(g, e.state, action)) is None:
+                        continue
+                    # S9 distils into the prompt that there would have been without the skill: it is kept beside the real one.
+                    plain = fit_prompt(policy, e, None) if e.skill else None
+                    e.steps.append(Step(e.prompt, response, text, action, e.state.observation, e.state.anchor, plain,
+                                        after.observation, after.reward, bool(action) and after.valid))
+                    e.state, e.success, e.score = after, after.success, after.score
+                    try:
+                        e.prompt = [] if after.done else fit_prompt(policy, e, e.skill)
+                    except UserError as error:
+                        games.lose(g, error)
+                live = [(g, e) for g, e in live if g not in games.lost and not e.state.done]
+    except envs.MachineFault as error:
+        raise UserError(str(error)) from error
+    return [[] if g in games.lost else group for g, group in enumerate(groups)]
 
 
 # ---- 3. What a rollout was worth: advantages (G1-G6) and effects (S4-S6) ---------------------------------------------
@@ -340,22 +317,21 @@ class Row:
     """One response under one prompt. RL rows carry an advantage, internalization rows a gate per token (S7) and the
     step's weight (S8).
 
-    A pair of one step each: the guided rollout won and the plain one lost. Three rows come of it. Note the third: the
-    response that the skill led to, under the prompt that has no skill.
+    A guided rollout of one step that won and a plain one that lost give two RL rows; and the step that the skill led to gives a
+    third, under the prompt that has no skill:
 
-    >>> cfg, text = Config(n_eval=1), dict(text="", action="", observation="", anchor="")
-    >>> bank, task = make_bank(cfg), envs.Task("game", "kind", "put a apple in shelf", "train")
+    >>> won, lost = (Step([1, 66, 2], [7, 8, 9], "", "", "", "", plain=[1, 2], advantage=1.0),
+    ...              Step([1, 2], [7, 5, 9], "", "", "", "", plain=None, advantage=-1.0))
+    >>> task, cfg = envs.Task("game", "kind", "put a apple in shelf", "train"), Config()
+    >>> bank = make_bank(cfg)
     >>> skill = bank.add("the task needs apple", "look in fridge", born=0, source="game")
-    >>> won = Step(prompt=[1, 66, 2], response=[7, 8, 9], plain=[1, 2], advantage=1.0, **text)
-    >>> lost = Step(prompt=[1, 2], response=[7, 5, 9], plain=None, advantage=-1.0, **text)
     >>> group = [Episode(task, skill, [won], success=True), Episode(task, None, [lost])]
-    >>> for row in rl_rows([group]):
+    >>> effect, = record_effects(bank, [group], iteration=1)
+    >>> step = GuidedStep(won.plain, won.response, [False, True, False], won.advantage, skill.id, effect)
+    >>> for row in (*rl_rows([group]), *internalization_rows([step], bank, cfg)):
     ...     print(row)
     Row(prompt=[1, 66, 2], response=[7, 8, 9], advantage=1.0, gate=[], weight=0.0)
     Row(prompt=[1, 2], response=[7, 5, 9], advantage=-1.0, gate=[], weight=0.0)
-    >>> effect, = record_effects(bank, [group], iteration=1)
-    >>> step = GuidedStep(won.plain, won.response, [False, True, False], won.advantage, skill.id, effect)
-    >>> print(*internalization_rows([step], bank, cfg))
     Row(prompt=[1, 2], response=[7, 8, 9], advantage=0.0, gate=[False, True, False], weight=0.5)
     """
     prompt: list[int]
