@@ -537,6 +537,13 @@ def test_play_plays_both_benchmarks_with_a_real_policy(monkeypatch, capsys, env)
     assert len(re.findall("the policy: <think>", out)) == int(re.search(r", (\d+) steps", out)[1]) - 1 > 0
 
 
+def test_play_on_a_machine_that_fails_ends_with_its_mend(monkeypatch):
+    monkeypatch.setattr(envs.AlfWorld, "engines", [])
+    monkeypatch.setattr(envs._textworld().fd, "load_lib", lambda: (_ for _ in ()).throw(OSError("failed to map segment")))
+    with pytest.raises(UserError, match="failed to map segment.*TMPDIR"):
+        terminal.command("", {"preset": "tiny"})
+
+
 def test_play_with_a_run_needs_its_checkpoint(tmp_path):
     with pytest.raises(UserError, match="holds no checkpoint"):
         terminal.command(str(tmp_path), {})

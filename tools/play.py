@@ -63,6 +63,8 @@ def play(env: envs.Environment, task: envs.Task, cfg: siri.Config, policy: Calla
     """One game. Returns whether another one is wanted. UserError if the game can't be opened."""
     try:
         game = env.open(task)
+    except envs.MachineFault as e:
+        raise UserError(str(e)) from e
     except (OSError, ValueError, KeyError) as e:
         raise UserError(f"{task.id}: cannot be opened ({e}); mend or remove it") from e
     episode, watching = siri.Episode(task, None, state=game.start), False
