@@ -32,6 +32,8 @@ from tqdm import tqdm
 
 import gigpo
 
+# Batches of any length leave no holes. Read by torch at the first look at the device, so here and not in `Policy`.
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 HERE = Path(__file__).resolve().parent
 END_TAGS = ("</action>", "</skill>")        # a response ends here
 TAIL = 16                                   # tokens in which an end tag is looked for
@@ -138,7 +140,6 @@ class Policy:
         from transformers import GenerationConfig
         from transformers.utils.logging import disable_progress_bar
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")    # batches of any length: no holes
         logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)     # on kernels for 4 bits without CUDA
         disable_progress_bar()
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")      # peft's to mend
@@ -395,6 +396,6 @@ def device_gib() -> float:
 
 def peak_gib() -> float:
     """Peak memory so far, in GiB: of the device where one is used, else the process's resident memory."""
-    if torch.cuda.is_initialized():             # the tiny preset stays on the CPU, whatever the machine has
-        return torch.cuda.max_memory_allocated() / 2**30
+    if torch.cuda.is_initialized() and (taken := torch.cuda.max_memory_allocated()):
+        return taken / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**30

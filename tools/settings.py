@@ -16,6 +16,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
+import torch
+
 import envs
 import siri
 from policy import UserError, device_gib
@@ -88,7 +90,7 @@ def conflicts(cfg: Config, given: dict[str, Any]) -> Iterable[tuple[str, str]]:
         ("split", cfg.split not in SPLITS[cfg.env], f"must be one of {', '.join(SPLITS[cfg.env])}"),
         ("group_size", cfg.group_size % 2 and 1 in siri.VARIANTS[cfg.variant].phases,
          f"paired rollouts need an even group; use {cfg.group_size + 1}, or --variant gigpo"),
-        ("four_bit", cfg.four_bit and not device_gib(),
+        ("four_bit", cfg.four_bit and not torch.cuda.is_available(),
          f"4-bit weights need a CUDA device and none was found: add --no-4bit, or use --preset tiny (this is preset {cfg.preset})"),
         ("dual_clip", 0 < cfg.dual_clip <= 1, "must be above 1, or 0 for none"),
         ("tau_down", cfg.tau_down > cfg.tau_up, f"must not be above --tau-up {cfg.tau_up}"),
