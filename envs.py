@@ -135,7 +135,7 @@ class Games:
             self.opened.close()
             raise error
         self.lost.add(g)
-        self.failures.append(f"{self.tasks[g].id}: {type(error).__name__}: {error}")
+        self.failures.append(f"{self.tasks[g].id}: {type(error).__name__}: {' '.join(str(error).split())}")
 
     def step(self, g: int, state: State, action: str) -> State | None:
         """The state after an action in game `g`."""
@@ -417,8 +417,10 @@ class AlfEngine:
         try:
             self.lib = self.fd.load_lib()
         except OSError as error:
+            size = os.path.getsize(self.fd.interface.DOWNWARD_LIB_PATH) / 1e6
             raise MachineFault(f"Fast Downward's library can't be loaded from {tempfile.gettempdir()} ({error}): each open game "
-                               "needs 2 MB there and the right to execute; make room, or set TMPDIR to another folder") from error
+                               f"needs {size:.1f} MB there{' (1.3 with `strip` of binutils)' if size > 5 else ''} and the right to "
+                               "execute; make room, or set TMPDIR to another folder") from error
 
     def load(self, data: Mapping[str, Any]) -> None:
         """Translate a game in ALFWorld's format (`pddl_game`): `root` is then its first node, `intro` its opening text.
@@ -619,7 +621,7 @@ class AlfWorld:
         ValueError for a folder without games, and for a split whose files are not games, naming what is wrong.
         `max_steps` is in actions; 50 is the GiGPO release's.
         """
-        folder = Path(data).expanduser()
+        folder = Path(os.path.expanduser(data))
         folder = folder if folder.name == "json_2.1.1" else folder / "json_2.1.1"
         if not folder.is_dir():
             raise ValueError(f"no ALFWorld games: {folder} is not a folder; get them with `alfworld-download` and give the "
@@ -706,7 +708,7 @@ def make(name: str, *, data: str = "", compact: bool = False, max_steps: int = 5
         return AlfWorld.household(seed, max_steps=max_steps)
     found = data or os.environ.get("ALFWORLD_DATA", "")
     # A program that imported alfworld by itself has the variable set to this cache, which says nothing while it is empty.
-    cache = Path("~/.cache/alfworld").expanduser()
+    cache = Path(os.path.expanduser("~/.cache/alfworld"))
     if not found or (not data and Path(found) == cache and not (cache / "json_2.1.1").is_dir()):
         return AlfWorld.generated(seed, max_steps=max_steps)
     try:
@@ -1286,8 +1288,8 @@ class Shop:
         for name, kind in zip(names, (list, dict, dict)):
             path = Path(folder) / name
             try:
-                loaded.append(json.loads(path.expanduser().read_bytes()))
-            except (OSError, ValueError, RuntimeError) as error:       # no such user, no such file, no JSON, too deep
+                loaded.append(json.loads(Path(os.path.expanduser(path)).read_bytes()))
+            except (OSError, ValueError, RecursionError) as error:
                 raise ValueError(f"{path}: cannot be read as JSON ({error}); give the folder with WebShop's data files "
                                  "(--webshop-data), and --webshop-size small or full as they are") from error
             if not isinstance(loaded[-1], kind):

@@ -16,7 +16,6 @@ import argparse
 import csv
 import dataclasses
 import difflib
-import fcntl
 import io
 import json
 import os
@@ -31,7 +30,11 @@ from typing import Any
 
 from tools.check import check, missing
 
+if sys.argv[1:] == ["--check"]:             # before the packages, which may be missing or broken
+    sys.exit(check())
 try:
+    import fcntl
+
     import torch
     from tqdm import tqdm
 
@@ -55,10 +58,9 @@ try:
     )
     from tools.settings import flag, load_config, make_environment, resolve
 except ModuleNotFoundError as error:
-    sys.exit(missing(error.name, sys.argv[1:]))
+    sys.exit(missing(error.name))
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-LOST_AT_MOST = 0.05         # share of groups that may be lost to broken environments (of 40, while there are fewer)
 
 
 class Stopped(Exception):
@@ -105,11 +107,12 @@ def save_sample(folder: Path, learner: siri.Learner, it: siri.Iteration) -> None
 
 def save_checkpoint(folder: Path, learner: siri.Learner) -> None:
     """Adapter (peft format), optimizer, progress and bank with their hashes, written aside and renamed: at any moment the
-    folder holds a whole checkpoint. The last two are kept. UserError for values that are not finite: they are not saved."""
+    folder holds a whole checkpoint, named by iterations and milestones passed. The last two are kept. UserError for values that
+    are not finite: they are not saved."""
     from safetensors.torch import save_file
     root, bank, p = folder / "checkpoints", learner.bank.to_json(), learner.progress
-    name, aside = f"{p.iteration:05d}-{len(PHASES) if p.finished else p.phase}", root / "writing"
-    # What was saved in this iteration and phase is this very state: to write it again would take away a sound one first.
+    name, aside = f"{p.iteration:05d}-{p.milestones}", root / "writing"
+    # Nothing is learnt between two milestones but in iterations: what has this name is this very state, and stays if it is sound.
     if not damage(root / name):
         return
     if not all(tensor.isfinite().all() for tensor in learner.policy.trainable):
@@ -142,7 +145,8 @@ def load_progress(path: Path, vocab: int, n_skills: int) -> siri.Progress:
     tokens = Form(lambda x: isinstance(x, list) and bool(x) and all(map(token.holds, x)), f"token ids below {vocab}")
     told = Form(lambda x: isinstance(x, list) and bool(x) and all(
         isinstance(pair, list) and len(pair) == 2 and all(map(TEXT.holds, pair)) for pair in x), "pairs of action and result")
-    step = dict(prompt=tokens, response=tokens, action=[FLAG], advantage=NUMBER, effect=NUMBER,
+    flags = Form(lambda x: isinstance(x, list) and all(type(flag) is bool for flag in x), "a list of true and false")
+    step = dict(prompt=tokens, response=tokens, action=flags, advantage=NUMBER, effect=NUMBER,
                 skill=Form(lambda x: type(x) is int and 0 <= x < n_skills, f"a skill below {n_skills}"))
     forms = {f.name: count() for f in dataclasses.fields(siri.Progress)} | dict(
         phase=Form(lambda x: type(x) is int and 0 <= x < len(PHASES), "a phase"), seconds=NUMBER, solved=[TEXT], recent=[NUMBER],
@@ -182,7 +186,8 @@ def load_checkpoint(learner: siri.Learner, path: Path) -> None:
 
 
 def take_back(folder: Path, learner: siri.Learner) -> None:
-    """Bring a run's files to where its checkpoint is: what was written after it will be written again."""
+    """Bring the bank and the table of metrics to where the checkpoint is: what was written after it will be written again.
+    Evaluations and samples stay: a repeat replaces them."""
     write_json(folder / "skills.json", learner.bank.to_json())
     table = folder / "metrics.csv"
     if table.exists():                              # a header and a line for each iteration; the last may be torn
@@ -214,7 +219,7 @@ def iterations_left(learner: siri.Learner) -> int:
 
 def consume(learner: siri.Learner, folder: Path, stop: Stop) -> None:
     """Train to the end: show every event, write it to the folder, and save when the learner is whole. Raises Stopped
-    once a signal came, and UserError with how to go on."""
+    once a signal came, and UserError as `siri.train` and `record_iteration`."""
     p, cfg = learner.progress, learner.cfg
     with tqdm(total=p.iteration + iterations_left(learner), initial=p.iteration, desc=PHASES[p.phase], unit="it",
               dynamic_ncols=True) as bar:
@@ -250,8 +255,8 @@ def record_iteration(folder: Path, learner: siri.Learner, it: siri.Iteration, ba
     bar.set_postfix(plain=f"{row['success_plain']:.2f}", skill=f"{row['success_skill']:.2f}",
                     tok_s=f"{row['rollout_tokens_per_s']:.0f}", refresh=False)
     bar.update()
-    if p.failed_groups > LOST_AT_MOST * max(p.groups, 40):
-        raise UserError(f"{p.failed_groups} of {p.groups} groups were lost (limit {LOST_AT_MOST:.0%}); the last: "
+    if siri.too_many_lost(p.failed_groups, p.groups):
+        raise UserError(f"{p.failed_groups} of {p.groups} groups were lost (limit {siri.LOST_AT_MOST:.0%}); the last: "
                         f"{it.failures[-1]}; mend the environment or its data, or raise --max-prompt")
 
 
@@ -342,11 +347,13 @@ def prepare_folder(cfg: Config, held: ExitStack) -> Path:
     """Make the run folder, lock it for `held`, and find out now whether it can be written to and has room. UserError if it
     can't be used, holds a run or what is not of a run, or has too little room (0.05 GiB compact, else 3 GiB)."""
     folder = Path("runs") / cfg.name
-    if any((folder / "checkpoints").glob("[0-9]*")):
+    if checkpoints(folder):
         raise UserError(f"{folder} already holds a run: go on with --resume {folder}, or give another --name")
     strange = sorted(p.name for p in folder.glob("*") if p.name not in OWN)
     if strange:
         raise UserError(f"{folder}: holds other files ({', '.join(strange)[:100]}); give another --name")
+    if left := [name for name in ("metrics.csv", "results.json", "samples") if (folder / name).exists()]:
+        raise UserError(f"{folder}: holds {left[0]} of a run whose checkpoints are gone; move it away, or give another --name")
     need, free = 0.05 if cfg.compact else 3.0, shutil.disk_usage("runs" if Path("runs").is_dir() else ".").free / 2**30
     if free < need:
         raise UserError(f"{folder}: {free:.2f} GiB free, checkpoints need {need} GiB; make room")
@@ -378,10 +385,9 @@ def train_run(cfg: Config, folder: Path, reason: str, checkpoint: Path | None) -
     try:
         consume(learner, folder, Stop())
     except UserError as e:
-        raise UserError(f"{e}{f'; then go on with --resume {folder}' if checkpoints(folder) else ''}") from e
+        raise UserError(f"{e}; then go on with --resume {folder}") from e
     except KeyboardInterrupt:
-        after = f"go on with: python siri.py --resume {folder}" if checkpoints(folder) else "nothing was to be saved yet"
-        raise Stopped(f"stopped at once; {after}") from None
+        raise Stopped(f"stopped at once; go on with: python siri.py --resume {folder}") from None
     print(metrics.results_block(folder, load_results(folder)))
 
 

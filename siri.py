@@ -52,6 +52,7 @@ from skills import count, number
 PHASES = ("warm-up", "mining", "internalize")
 RECENT = 3                  # iterations whose plain success is averaged before warm-up may end
 BAD_STEPS = 3               # optimizer steps in a row without a finite gradient that end a run
+LOST_AT_MOST = 0.05         # share of groups or games that may be lost to broken environments (of 40, while there are fewer)
 
 
 # ---- 1. Settings ---------------------------------------------------------------------------------------------
@@ -127,7 +128,7 @@ class Config:
     minibatch: int = setting(256, "rows per optimizer step [R]")
     warmup_max: int = setting(60, "iterations at most [O]", count(0), section="phase 0: warm-up")
     n_req: int = setting(100, "distinct tasks solved before phase 1 [P: rule, O: number]", count(0))
-    floor: float = setting(0.3, "plain success (mean of the last 3 iterations) before phase 1 [O]", number(0, most=1))
+    floor: float = setting(0.3, "plain success (mean of the last 3 iterations) before phase 1; above 1: never [O]", number(0))
     mining_max: int = setting(60, "iterations at most [O]", count(0), section="phase 1: mining and validation")
     mine_every: int = setting(2, "I_mine, iterations between minings, S1 [O]")
     mine_wins: int = setting(16, "successful plain trajectories summarised per mining [O]")
@@ -135,8 +136,8 @@ class Config:
     bank_size: int = setting(200, "skills that are not retired, at most [O]")
     kappa: float = setting(2.0, "prior weight of the utility in pairings, S5 [O]", number(0))
     n_eval: int = setting(4, "pairings before a verdict, S6 [O]")
-    tau_up: float = setting(0.05, "promoted above this utility, S6 [O]", number(-1, most=1))
-    tau_down: float = setting(0.0, "retired below this utility, S6 [O]", number(-1, most=1))
+    tau_up: float = setting(0.05, "promoted above this utility, S6; above 1: never [O]", number())
+    tau_down: float = setting(0.0, "retired below this utility, S6; below -1: never [O]", number())
     m_retire: int = setting(2, "evaluations in a row below tau_down, S6 [O]")
     min_similarity: float = setting(0.05, "a skill matches a task above this cosine, S3 [O]", number(0, most=1))
     top_k: int = setting(4, "matching skills among which the bound chooses, S3 [O]")
@@ -193,6 +194,7 @@ class Episode:
     prompt: list[int] = field(default_factory=list, repr=False)     # of its next step
     success: bool = False
     score: float = 0.0                                              # 0..1; 1 is success
+    overlong: str = ""                                              # why it ended early: a prompt that can't be cut to max_prompt
 
 
 Group = list[Episode]                                                   # G rollouts of one task from one initial state
@@ -227,9 +229,9 @@ def rollout(policy: Policy, env: envs.Environment, plan: Plan, temperature: floa
             failures: list[str] | None = None) -> list[Group]:
     """Play every group of the plan: a task, and for each of its rollouts a skill or None. Groups come back in its order.
 
-    An environment that raises, or reaches a state whose prompt can't be cut to `max_prompt`, loses its group: the group comes back
-    empty and the cause is appended to `failures`. UserError for such a prompt of a first step, for a row that doesn't fit into
-    memory, and where the machine fails.
+    An environment that raises loses its group: the group comes back empty and the cause is appended to `failures`. An episode that
+    reaches a state whose prompt can't be cut to `max_prompt` ends there, unsolved, with `overlong` set. UserError for such a
+    prompt of a first step, for a row that doesn't fit into memory, and where the machine fails.
     """
     groups = [[Episode(task, skill) for skill in dealt] for task, dealt in plan]
     try:
@@ -255,8 +257,8 @@ def rollout(policy: Policy, env: envs.Environment, plan: Plan, temperature: floa
                     try:
                         e.prompt = [] if after.done else fit_prompt(policy, e, e.skill)
                     except UserError as error:
-                        games.lose(g, error)
-                live = [(g, e) for g, e in live if g not in games.lost and not e.state.done]
+                        e.overlong = str(error)
+                live = [(g, e) for g, e in live if not (g in games.lost or e.state.done or e.overlong)]
     except envs.MachineFault as error:
         raise UserError(str(error)) from error
     return [[] if g in games.lost else group for g, group in enumerate(groups)]
@@ -489,6 +491,7 @@ class Progress:
     iteration: int = 0
     phase: int = 0
     phase_start: int = 0                                    # iteration in which the phase began
+    milestones: int = 0                                     # passed so far: the base's evaluation, and ends of phases
     cursor: int = 0                                         # training tasks drawn so far
     env_steps: int = 0
     groups: int = 0
@@ -627,8 +630,12 @@ def mine(learner: Learner) -> list[skills.Skill]:
 def play(learner: Learner, it: Iteration, plan: Plan) -> None:
     """Roll the plan out, and find what each rollout was worth: advantages, effects, and what to keep for phase 2."""
     cfg, p, bank = learner.cfg, learner.progress, learner.bank
-    # A lost group teaches nothing: its failure was the environment's, not the policy's.
-    it.groups = [g for g in rollout(learner.policy, learner.env, plan, cfg.temperature, it.failures) if g]
+    for group in rollout(learner.policy, learner.env, plan, cfg.temperature, it.failures):
+        # A lost group teaches nothing: its failure was the environment's or max_prompt's, not the policy's.
+        if overlong := next((e.overlong for e in group if e.overlong), ""):
+            it.failures.append(overlong)
+        elif group:
+            it.groups.append(group)
     it.rollout_s = time.perf_counter() - it.started
     for group in it.groups:
         assign_advantages(group, cfg, learner.env)
@@ -769,8 +776,9 @@ def train(learner: Learner) -> Events:
     p, panel = learner.progress, panel_tasks(learner.cfg, learner.env)
     evaluation = partial(evaluate, learner.policy, learner.env, panel, learner.cfg)
     p.finished = p.finished and last_phase(learner) and bool(budget_spent(learner))     # settings may grant a run more
-    if p.iteration == 0:
+    if not p.milestones:
         yield evaluation("base")
+        p.milestones += 1
         yield Milestone()
     while not p.finished:
         reason = yield from (warm_up, mine_and_validate, internalize)[p.phase](learner)
@@ -785,6 +793,7 @@ def train(learner: Learner) -> Events:
             if p.phase == 1:
                 yield evaluation("phase 1 with skills", learner.bank)
             p.phase, p.phase_start = p.phase + 1, p.iteration
+        p.milestones += 1
         yield Milestone()
 
 
@@ -800,8 +809,9 @@ def evaluate(policy: Policy, env: envs.Environment, panel: Sequence[envs.Task], 
              bank: skills.SkillBank | None = None) -> Evaluation:
     """Play every game of the panel once. Without a bank, the plain prompt and nothing else; the bank is for the ablation.
 
-    The same games and the same seed whatever the checkpoint, and the state of training is left as it was. A game that was
-    lost (`rollout`) is left out: it says nothing of the policy. UserError as `rollout`, and if all were lost.
+    The same games and the same seed whatever the checkpoint, and the state of training is left as it was. A game that its
+    environment lost is left out, as it says nothing of the policy; one that ended at a prompt too long for it is not solved.
+    UserError as `rollout`, and if too many were lost.
     """
     # One seed for all checkpoints and variants, so that they meet the same dice on the same games: comparisons are paired.
     torch.manual_seed(stable_seed(0, "evaluate"))
@@ -811,10 +821,15 @@ def evaluate(policy: Policy, env: envs.Environment, panel: Sequence[envs.Task], 
         plan = [(t, [bank.retrieve(t.goal, explore=False) if bank else None]) for t in panel[i:i + at_once]]
         groups = rollout(policy, env, plan, cfg.eval_temperature, failures)
         episodes += [group[0] for group in groups if group]
-    if len(failures) == len(panel):
-        raise UserError(f"every game of the panel was lost; the last: {failures[-1]}; mend the environment or its data, or "
-                        "raise --max-prompt")
+    if too_many_lost(len(failures), len(panel)) or not episodes:
+        raise UserError(f"{len(failures)} of the panel's {len(panel)} games were lost (limit {LOST_AT_MOST:.0%}); the last: "
+                        f"{failures[-1]}; mend the environment or its data")
     return Evaluation(label, episodes, failures, time.perf_counter() - started, bank is not None)
+
+
+def too_many_lost(lost: int, of: int) -> bool:
+    """Whether what is left would say too little."""
+    return lost > LOST_AT_MOST * max(of, 40)
 
 
 def stable_seed(*parts: Any) -> int:

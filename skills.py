@@ -354,7 +354,10 @@ class SkillBank:
 
 # ---- 6. What JSON data must be ----
 #
-# One checker for all that a run reads back: the bank here, settings, progress and samples in `run.py`.
+# One checker for all that a run reads back: the bank here, settings, progress, evaluations and samples where they are used.
+
+
+EXACT = 2**53               # from here on whole numbers are not exact as a float
 
 
 class Form(NamedTuple):
@@ -362,42 +365,53 @@ class Form(NamedTuple):
     holds: Callable[[Any], bool]
     words: str
 
+    def problem(self, value: Any) -> str:
+        """What the value would have to be; empty if it is that."""
+        huge = isinstance(value, (int, float)) and not abs(value) < EXACT
+        return "" if self.holds(value) else self.words + " below 9e15 in size" * huge
+
+
+class Optional(NamedTuple):
+    """The form of a key that may be missing."""
+    form: Any
+
 
 def misfit(value: Any, form: Any, name: str) -> str:
     """What is wrong with JSON data, as "name is VALUE, expected ..."; empty if it fits the form.
 
-    A form is a Form, [form of every item], {key: form} with all of its keys and no others, or {..., ...: form} where the
-    last is for every other key.
+    A form is a Form, [form of every item], {key: form} with all of its keys and no others (an Optional's may be missing), or
+    {..., ...: form} where the last is for every other key.
 
     >>> misfit({"n": [1, -1]}, {"n": [COUNT]}, "file")
     'file.n[1] is -1, expected a whole number >= 0'
     """
-    shown = f"{name} is {repr(value)[:60]}, expected "
-    if isinstance(form, Form):
-        return "" if form.holds(value) else shown + form.words
-    if isinstance(form, list):
-        if not isinstance(value, list):
-            return shown + "a list"
+    if isinstance(form, Optional):
+        return misfit(value, form.form, name)
+    whole = form if isinstance(form, Form) else LIST if isinstance(form, list) else OBJECT
+    if problem := whole.problem(value):
+        return f"{name} is {repr(value)[:60]}, expected {problem}"
+    if whole is form:
+        return ""
+    if whole is LIST:
         parts = ((item, form[0], f"{name}[{i}]") for i, item in enumerate(value))
     else:
-        if not isinstance(value, dict):
-            return shown + "an object"
-        if wrong := [k for k in form if k is not ... and k not in value] + [k for k in value if k not in form and ... not in form]:
+        needed = [k for k in form if k is not ... and not isinstance(form[k], Optional)]
+        if wrong := [k for k in needed if k not in value] + [k for k in value if k not in form and ... not in form]:
             return f"{name}: {str(wrong[0])[:60]} is {'unknown' if wrong[0] in value else 'missing'}"
         parts = ((item, form.get(key, form.get(...)), f"{name}.{str(key)[:60]}") for key, item in value.items())
     return next(filter(None, (misfit(*part) for part in parts)), "")
 
 
 def number(least: float = -math.inf, *, above: float = -math.inf, most: float = math.inf) -> Form:
-    """A finite number within bounds. Integers from 2**53 on are not exact as a float, and are none."""
+    """A finite number within bounds, and below EXACT in size."""
     words = [f" {sign} {x:g}" for sign, x in ((">=", least), (">", above), ("<=", most)) if math.isfinite(x)]
-    return Form(lambda x: type(x) in (int, float) and -2**53 < x < 2**53 and least <= x <= most and x > above,
+    return Form(lambda x: type(x) in (int, float) and -EXACT < x < EXACT and least <= x <= most and x > above,
                 "a finite number" + " and".join(words))
 
 
 def count(least: int = 0) -> Form:
-    """A whole number from `least` on."""
-    return Form(lambda x: type(x) is int and least <= x < 2**53, f"a whole number >= {least}")
+    """A whole number from `least` on, below EXACT."""
+    return Form(lambda x: type(x) is int and least <= x < EXACT, f"a whole number >= {least}")
 
 
 def choice(names: Sequence[str]) -> Form:
@@ -406,6 +420,7 @@ def choice(names: Sequence[str]) -> Form:
 
 
 COUNT, NUMBER = count(), number()
+LIST, OBJECT = Form(lambda x: isinstance(x, list), "a list"), Form(lambda x: isinstance(x, dict), "an object")
 FLAG = Form(lambda x: type(x) is bool, "true or false")
 TEXT = Form(lambda x: isinstance(x, str), "a text")
 PHRASE = Form(lambda x: isinstance(x, str) and bool(x.strip()), "a text that is not blank")

@@ -14,8 +14,10 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter, defaultdict
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -429,12 +431,32 @@ def test_no_home_is_needed_and_none_is_made(tmp_path, home):
     assert "GENERATED" in done.stdout and list(tmp_path.iterdir()) == [], done.stderr
 
 
-def test_open_games_take_little_of_the_folder_for_temporary_files():
-    """64 at a time, each with a copy of Fast Downward's library: the copies are of one without symbols for debuggers."""
-    library = Path(envs._textworld().fd.interface.DOWNWARD_LIB_PATH)
-    if not shutil.which("strip"):
-        pytest.skip("no `strip` here: the whole library is copied")
-    assert 64 * library.stat().st_size < 200e6
+@pytest.mark.parametrize("play, says", [
+    (lambda: envs.make("alfworld").notice, ""),
+    (lambda: envs.make("alfworld", data="~/games"), "~/games/json_2.1.1 is not a folder"),
+    (lambda: envs.make("alfworld", data="~nobody-here/games"), "~nobody-here/games/json_2.1.1 is not a folder"),
+    (lambda: envs.make("webshop", data="~/shop"), "~/shop/items_shuffle_1000.json: cannot be read")])
+def test_nobody_needs_a_home(monkeypatch, play, says):
+    """As in a container whose user has no entry in the list of users."""
+    for name in ("HOME", "ALFWORLD_DATA"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda _: {}["nobody"])
+    with pytest.raises(ValueError, match=re.escape(says)) if says else nullcontext():
+        assert "GENERATED" in play()
+
+
+def test_open_games_take_little_of_the_folder_for_temporary_files(monkeypatch):
+    """64 at a time, each with a copy of Fast Downward's library: the copies are of one without symbols for debuggers. Where
+    that can't be had, the message on a full folder says what a copy takes and what would help."""
+    fd = envs._textworld().fd
+    size = Path(fd.interface.DOWNWARD_LIB_PATH).stat().st_size
+    assert 64 * size < 200e6 or not shutil.which("strip")
+    with monkeypatch.context() as patch, tempfile.NamedTemporaryFile() as whole:
+        Path(whole.name).write_bytes(bytes(33_000_000))
+        patch.setattr(fd.interface, "DOWNWARD_LIB_PATH", whole.name)
+        patch.setattr(fd, "load_lib", lambda: (_ for _ in ()).throw(OSError("No space left on device")))
+        with pytest.raises(envs.MachineFault, match=r"33.0 MB there \(1.3 with `strip` of binutils\).*TMPDIR"):
+            envs.AlfEngine()
 
 # ---- 5. generated games ----------------------------------------------------------------------------------------------
 

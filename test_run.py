@@ -300,6 +300,13 @@ def test_before_installation_the_program_says_what_is_missing(tmp_path):
     assert re.fullmatch("siri: .* is missing: run `pip install -r requirements.txt`\n", train.stderr)
 
 
+def test_the_check_runs_where_a_package_is_broken(tmp_path):
+    (tmp_path / "torch.py").write_text("raise ImportError('libcudart.so: cannot open shared object file')")
+    done = subprocess.run([sys.executable, str(HERE / "siri.py"), "--check"], cwd=tmp_path, capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    assert done.returncode in (0, 2) and "Traceback" not in done.stderr, done.stderr
+
+
 @pytest.mark.parametrize("make, says", [
     (lambda root: None, "json_2.1.1 is not a folder"),
     (lambda root: (root / "json_2.1.1").mkdir(parents=True), "no ALFWorld games in .*train"),
@@ -322,6 +329,24 @@ def copied_run(runs, tmp_path, monkeypatch):
 def test_the_name_of_a_run_is_used_once(copied_run, capsys):
     err = refusal(capsys, *SMOKE)
     assert "runs/x already holds a run" in err and "--resume runs/x" in err and "--name" in err
+
+
+@pytest.mark.parametrize("left", ["metrics.csv", "results.json", "samples"])
+def test_what_is_left_of_a_run_without_checkpoints_is_not_added_to(copied_run, capsys, left):
+    shutil.rmtree(copied_run / "checkpoints")
+    for name in {"metrics.csv", "results.json", "samples"} - {left}:
+        (shutil.rmtree if name == "samples" else os.remove)(copied_run / name)
+    assert re.search(f"runs/x: holds {left} of a run whose checkpoints are gone; .*--name", refusal(capsys, *SMOKE))
+
+
+@pytest.mark.parametrize("change", [{"ucb": 0.2}, {"lr": "fast"}, {"groups": 2**60}])
+def test_settings_of_another_version_are_refused_with_the_way_on(copied_run, capsys, change):
+    config = copied_run / "config.json"
+    write_json(config, json.loads(config.read_text()) | change)
+    name, value = next(iter(change.items()))
+    err = refusal(capsys, "--resume", "runs/x")
+    assert f"runs/x/config.json: settings{'' if name == 'ucb' else '.'}" in err and name in err and "begin a new one" in err
+    assert ("9e15" in err) == (value == 2**60)
 
 
 FILES = ["adapter_model.safetensors", "adapter_config.json", "optimizer.safetensors", "progress.json", "skills.json",
@@ -511,9 +536,9 @@ def test_a_signal_lets_the_iteration_end_and_a_second_one_does_not(tmp_path):
     done = len(metrics(tmp_path))
     last = (tmp_path / "err.txt").read_text().splitlines()[-1]
     assert last == f"siri: stopped before iteration {done}; go on with: python siri.py --resume runs/x"
-    assert latest_checkpoint(tmp_path / "runs/x").name == f"{done:05d}-0" and 2 <= done < 50
+    assert latest_checkpoint(tmp_path / "runs/x").name == f"{done:05d}-1" and 2 <= done < 50
     process = start(tmp_path, "--resume", "runs/x", "--groups", "16")      # both signals must find one iteration running
-    wait_for(lambda: checkpoints(tmp_path / "runs/x")[0].name > f"{done:05d}-0", process)
+    wait_for(lambda: checkpoints(tmp_path / "runs/x")[0].name > f"{done:05d}-1", process)
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)
     wait_for(lambda: "stopping after this iteration" in (tmp_path / "err.txt").read_text(), process)
@@ -572,13 +597,38 @@ def test_a_run_can_be_resumed_from_its_first_second(tmp_path, monkeypatch, capsy
     assert [r["label"] for r in json.loads(Path("runs/x/results.json").read_text())] == ["base", "final"]
 
 
+def test_what_has_been_evaluated_is_not_evaluated_again(tmp_path, monkeypatch, capsys):
+    """Stopped in the first iteration: the base's evaluation is not repeated. Resumed twice after a finished run was granted
+    more: nothing is played that has been."""
+    monkeypatch.chdir(tmp_path)
+    more = f"{SMALL} --env-steps 1 --panel 2 --groups 1 --mining-max 0 --distill-max 0".split()
+    with monkeypatch.context() as patch:
+        patch.setattr(siri, "play", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert main(more) == 130
+    assert main(["--resume", "runs/x"]) == 0
+    assert capsys.readouterr().out.count("\nbase ") == 1
+    first = latest_checkpoint(Path("runs/x"))
+    assert main(["--resume", "runs/x", "--env-steps", "0", "--warmup-max", "1"]) == 0
+    assert "internalize ends" in capsys.readouterr().out
+    last = latest_checkpoint(Path("runs/x"))
+    assert last.name.split("-")[0] == first.name.split("-")[0] and last != first
+    assert main(["--resume", "runs/x"]) == 0
+    assert "ends after" not in capsys.readouterr().out and latest_checkpoint(Path("runs/x")) == last
+
+
+def test_checkpoints_are_in_the_order_of_their_numbers(tmp_path):
+    for name in ("00009-9", "00009-10", "00010-2", "100000-0", "writing", "00011-1.bak", "00012"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert [path.name for path in checkpoints(tmp_path)] == ["100000-0", "00010-2", "00009-10", "00009-9"]
+
+
 def test_a_sound_checkpoint_is_not_taken_away_before_another_is_there(copied_run, monkeypatch):
     """The same state is not written again; a damaged one gives way; and what is not finite is not saved."""
     cfg = load_config(copied_run, {})
     newest = latest_checkpoint(copied_run)
     learner = siri.Learner.begin(cfg, make_environment(cfg), Policy(cfg, newest))
     load_checkpoint(learner, newest)
-    assert newest.name == "00006-3" and learner.progress.finished
+    assert newest.name == f"00006-{learner.progress.milestones}" and learner.progress.finished
     gone = []
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", lambda path, **_: gone.append(Path(path).name))

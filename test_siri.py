@@ -5,6 +5,7 @@ import errno
 import inspect
 import math
 import re
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,7 +21,7 @@ from conftest import SMALL, bank_with, close, config, gradient, learner_of, new_
 from policy import Policy, UserError
 from run import main
 from skills import Skill
-from tools.metrics import summarise, warnings_of, wilson
+from tools.metrics import lost_games, summarise, warnings_of, wilson
 from tools.oracle import oracle_walkthrough
 from tools.settings import make_environment
 
@@ -173,8 +174,9 @@ def test_a_reward_that_is_no_finite_number_loses_its_own_group_only(policy, smal
     assert [len(group) for group in groups] == [0, 2] and len(failures) == 1 and failures[0].startswith(tasks[0].id)
 
 
-def test_a_state_with_more_actions_than_a_prompt_can_list_loses_its_own_group_only(policy, small):
-    """As a product with thousands of options would be. Where it is the first state, the settings are at fault."""
+def test_a_state_with_more_actions_than_a_prompt_can_list_ends_its_episode(policy, small):
+    """As a product with thousands of options would be. Training loses the group, and an evaluation counts the game as not
+    solved: it must not look better for what the policy ran into. Where it is the first state, the settings are at fault."""
     many = tuple(f"go to shelf {n}" for n in range(999))
 
     class Wide(Faulty):
@@ -187,20 +189,30 @@ def test_a_state_with_more_actions_than_a_prompt_can_list_loses_its_own_group_on
                 game.start = dataclasses.replace(game.start, admissible=many)
             return game
 
-    tasks, failures = [small.tasks("train")[i] for i in range(3)], []
+    tasks = [small.tasks("train")[i] for i in range(3)]
     world = Wide(small, lambda task: task.id == tasks[1].id, 1)
+    learner, it = learner_of(policy, env=world), siri.Iteration(0, 0)
     torch.manual_seed(0)
-    groups = siri.rollout(policy, world, [(task, [None] * 2) for task in tasks], 1.0, failures)
-    assert [len(group) for group in groups] == [2, 0, 2] and len(failures) == 1
-    assert failures[0].startswith(f"{tasks[1].id}: UserError: --max-prompt {policy.cfg.max_prompt}: too short")
+    siri.play(learner, it, [(task, [None] * 2) for task in tasks])
+    assert [group[0].task for group in it.groups] == [tasks[0], tasks[2]] and len(it.failures) == 1
+    assert re.match(f"--max-prompt {policy.cfg.max_prompt}: too short .*{tasks[1].id}", it.failures[0])
+
+    played = siri.evaluate(policy, world, tasks, policy.cfg, "x")
+    result = summarise(world.world, policy.cfg, played)
+    assert result["n"] == 3 and result["failures"] == 0 and result["outcomes"][tasks[1].id] is False
+    assert [len(e.steps) for e in played.episodes][1] == 1
+    line, = lost_games(played)
+    assert "counts as not solved" in line and tasks[1].id in line
     with pytest.raises(UserError, match="--max-prompt.*too short"):
-        siri.rollout(policy, Wide(small, lambda task: True, 0), [(tasks[0], [None] * 2)], 1.0, failures)
+        siri.rollout(policy, Wide(small, lambda task: True, 0), [(tasks[0], [None] * 2)], 1.0)
 
 
-def test_an_evaluation_that_lost_every_game_is_no_result(policy, small):
-    world, panel = Faulty(small, lambda task: True, 1), [small.tasks("train")[i] for i in range(2)]
-    with pytest.raises(UserError, match="every game.*disk on fire"):
-        siri.evaluate(policy, world, panel, policy.cfg, "x")
+@pytest.mark.parametrize("n, broken, too_many", [(1, 1, True), (3, 2, False), (3, 3, True), (5, 3, True)])
+def test_an_evaluation_that_lost_many_games_is_no_result(policy, small, n, broken, too_many):
+    panel = [small.tasks("train")[i] for i in range(n)]
+    world = Faulty(small, lambda task: task.id in {task.id for task in panel[:broken]}, 1)
+    with pytest.raises(UserError, match=f"{broken} of the panel's {n} games.*disk on fire") if too_many else nullcontext():
+        assert len(siri.evaluate(policy, world, panel, policy.cfg, "x").failures) == broken
 
 
 def test_more_than_a_twentieth_of_broken_groups_stops_the_run_with_the_cause(tmp_path, monkeypatch, capsys, small):

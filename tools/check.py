@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Sequence
+
+WINDOWS = "ALFWorld's engine does not build on Windows: use WSL"
 
 
 def wanting() -> list[str]:
@@ -16,7 +17,7 @@ def wanting() -> list[str]:
         wrong.append("ALFWorld's engine is compiled on installation and needs make and a C++ compiler: on Debian or Ubuntu "
                      "`sudo apt install build-essential`, on macOS `xcode-select --install`")
     if sys.platform == "win32":
-        wrong.append("ALFWorld's engine does not build on Windows: use WSL")
+        wrong.append(WINDOWS)
     if sys.prefix == sys.base_prefix or shutil.which("python") is None:
         wrong.append("no virtual environment is active (the engine's build calls `python`): "
                      "`python3 -m venv .venv && . .venv/bin/activate`")
@@ -31,8 +32,6 @@ def check() -> int:
     return 2 if wrong else 0
 
 
-def missing(package: str | None, argv: Sequence[str]) -> int | str:
-    """What to exit with when a package can't be imported: the answer to `--check`, or a line that names the package."""
-    if list(argv) == ["--check"]:
-        return check()
-    return f"siri: the package {package} is missing: run `pip install -r requirements.txt`"
+def missing(package: str | None) -> str:
+    """What to say when a package can't be imported."""
+    return f"siri: {WINDOWS if package == 'fcntl' else f'the package {package} is missing: run `pip install -r requirements.txt`'}"

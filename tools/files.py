@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import skills
 from policy import UserError
-from skills import FLAG, NUMBER, TEXT, Form, count, misfit
+from skills import FLAG, NUMBER, TEXT, Form, Optional, count, misfit
 
 
 def write_text(path: Path, text: str) -> None:
@@ -56,8 +57,10 @@ def read_json(path: Path, form: Any = skills.ANYTHING) -> Any:
 OWN = {"config.json", "lock", "checkpoints", "samples", "metrics.csv", "results.json", "skills.json", "report.html",
        *(f"{name}.tmp" for name in ("config.json", "results.json", "skills.json"))}               # what a run makes in its folder
 FILES = {"adapter_model.safetensors", "optimizer.safetensors", "progress.json", "skills.json"}         # of every checkpoint
-RATES = {"n": count(), "successes": count(), "success": NUMBER, "interval": [NUMBER], "mean_steps": NUMBER,
-         "invalid_rate": Form(lambda x: isinstance(x, (int, float)), "a number or NaN"), ...: skills.ANYTHING}
+RATE = Form(lambda x: isinstance(x, (int, float)), "a number or NaN")
+PAIR = Form(lambda x: isinstance(x, list) and len(x) == 2 and all(map(NUMBER.holds, x)), "a pair of numbers")
+RATES = {"n": count(), "successes": count(), "success": NUMBER, "interval": PAIR, "mean_steps": NUMBER, "invalid_rate": RATE,
+         "score": Optional(RATE), "score_se": Optional(RATE), ...: skills.ANYTHING}
 RESULTS = [RATES | {"label": TEXT, "iteration": count(), "panel": TEXT, "skills": FLAG, "kinds": {...: RATES},
                     "outcomes": {...: FLAG}}]
 
@@ -79,8 +82,9 @@ def load_bank(path: Path) -> skills.SkillBank:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a run, newest first."""
-    return sorted((folder / "checkpoints").glob("[0-9]*-[0-9]"), reverse=True)
+    """The checkpoints of a run, newest first: by iterations, then by milestones."""
+    found = [path for path in folder.glob("checkpoints/*") if re.fullmatch(r"\d+-\d+", path.name, re.ASCII)]
+    return sorted(found, key=lambda path: [*map(int, path.name.split("-"))], reverse=True)
 
 
 def damage(checkpoint: Path) -> str:

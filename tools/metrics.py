@@ -37,7 +37,7 @@ def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
         return 0.0, 1.0
     p, d = successes / n, 1 + z * z / n
     centre, half = (p + z * z / (2 * n)) / d, z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / d
-    return centre - half, centre + half
+    return max(0.0, centre - half), min(1.0, centre + half)         # rounding may leave -1e-17
 
 
 def mean_se(values: Iterable[float]) -> tuple[float, float]:
@@ -164,12 +164,13 @@ def utility(skill: Skill, kappa: float) -> str:
 
 def lost_games(played: siri.Evaluation) -> list[str]:
     """A line for each game that was not played to its end."""
-    return [f"a game is lost, and left out: {cause}" for cause in played.failures]
+    return [f"a game is lost, and left out: {cause}" for cause in played.failures] + [
+        f"a game ended early, and counts as not solved: {e.overlong}" for e in played.episodes if e.overlong]
 
 
 def kind_lines(result: dict[str, Any]) -> list[str]:
     """One line per task type."""
-    width = max(map(len, result["kinds"]))
+    width = max(map(len, result["kinds"]), default=0)
     return ["  " + result_line(dict(r, label=kind), width) for kind, r in result["kinds"].items()]
 
 

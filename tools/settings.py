@@ -59,14 +59,14 @@ def resolve(given: dict[str, Any], saved: dict[str, Any] | None = None) -> tuple
         gib = device_gib()
         preset = ("paper48" if gib > 40 else "paper") if gib else "tiny"
         reason = f"CUDA device with {gib:.0f} GiB" if gib else "no CUDA device"
-    for name, value, allowed in (("preset", preset, PRESETS), ("env", settings.get("env", Config.env), SPLITS)):
+    for name, value, allowed in (("preset", preset, ("auto", *PRESETS)), ("env", settings.get("env", Config.env), SPLITS)):
         if value not in allowed:
             raise UserError(f"--{name} {value}: must be one of {', '.join(allowed)}")
     cfg = Config(**{**PRESETS[preset][settings.get("env", Config.env)], **settings, "preset": preset})
     for f in dataclasses.fields(cfg):
         value, form = getattr(cfg, f.name), f.metadata["form"]
-        if not form.holds(value):
-            raise UserError(f"--{flag(f.name)} {str(value)[:20]}: must be {form.words}")
+        if problem := form.problem(value):
+            raise UserError(f"--{flag(f.name)} {str(value)[:20]}: must be {problem}")
     for name, problem in conflicts(cfg, given):
         value = getattr(cfg, name)
         raise UserError(f"--{flag(name)}{'' if isinstance(value, bool) else f' {value}'}: {problem}")
@@ -113,7 +113,7 @@ def load_config(folder: Path, changes: dict[str, Any]) -> Config:
     forms = {f.name: f.metadata["form"] for f in dataclasses.fields(Config)}
     there = {name: forms[name] for name in forms if isinstance(saved, dict) and name in saved}
     if problem := misfit(saved, there, "settings"):
-        raise UserError(f"{path}: {problem}; is it a run folder, and of this version?")
+        raise UserError(f"{path}: {problem}; not a run of this version: begin a new one, or go on with the version that made it")
     for f in ("webshop_split", "webshop_size", "webshop_goals") if saved.get("env") == "webshop" else ():
         old = saved.get(f, getattr(Config, f))
         if changes.get(f, old) != old:
