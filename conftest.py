@@ -298,7 +298,7 @@ def two_runs(through, broken):
         time.sleep(0.05)
     killed.send_signal(signal.SIGKILL)
     assert killed.wait() == -signal.SIGKILL, (broken / "err.txt").read_text()
-    assert latest_checkpoint(broken / "runs/x").name == "00004-3"
+    assert latest_checkpoint(broken / "runs/x").name == "00004-2"
     resumed = start(broken, "--resume", "runs/x")
     assert resumed.wait() == 0, (broken / "err.txt").read_text()
     return through, broken

@@ -975,7 +975,15 @@ LETTERS = rf"{LETTER}(?:(?:[\p{{WB=MidLetter}}\p{{WB=MidNumLet}}']{MARKS})?{LETT
 DIGIT = rf"\p{{WB=Numeric}}{MARKS}"
 DIGITS = rf"{DIGIT}(?:(?:[\p{{WB=MidNum}}\p{{WB=MidNumLet}}']{MARKS})?{DIGIT})*"
 RUN = rf"(?:(?:\p{{WB=Katakana}}{MARKS})+|(?:{LETTERS}|{DIGITS})+)"
-PICTURE = r"\p{Extended_Pictographic}"    # and so every Emoji that is no digit, #, *, flag letter or skin tone
+# Extended_Pictographic of Unicode 16, code points in hex: every Emoji that is no digit, #, *, flag letter or skin tone. Spelled
+# out, because Unicode 17, and so newer releases of `regex`, took 700 symbols away that are words to Lucene, such as a black star.
+PICTURES = """A9 AE 203C 2049 2122 2139 2194-2199 21A9-21AA 231A-231B 2328 2388 23CF 23E9-23F3 23F8-23FA 24C2 25AA-25AB 25B6
+    25C0 25FB-25FE 2600-2605 2607-2612 2614-2685 2690-2705 2708-2712 2714 2716 271D 2721 2728 2733-2734 2744 2747
+    274C 274E 2753-2755 2757 2763-2767 2795-2797 27A1 27B0 27BF 2934-2935 2B05-2B07 2B1B-2B1C 2B50 2B55 3030 303D
+    3297 3299 1F000-1F0FF 1F10D-1F10F 1F12F 1F16C-1F171 1F17E-1F17F 1F18E 1F191-1F19A 1F1AD-1F1E5 1F201-1F20F
+    1F21A 1F22F 1F232-1F23A 1F23C-1F23F 1F249-1F3FA 1F400-1F53D 1F546-1F64F 1F680-1F6FF 1F774-1F77F 1F7D5-1F7FF
+    1F80C-1F80F 1F848-1F84F 1F85A-1F85F 1F888-1F88F 1F8AE-1F8FF 1F90C-1F93A 1F93C-1F945 1F947-1FAFF 1FC00-1FFFD"""
+PICTURE = "[" + "".join("-".join(chr(int(end, 16)) for end in part.split("-")) for part in PICTURES.split()) + "]"
 EMOJI = rf"(?:(?:\p{{Emoji_Modifier_Base}}{TONES})?\p{{Emoji_Modifier}}{TONES}|{PICTURE}{TONES}\uFE0F?)"
 TOKEN = regex.compile(
     rf"{JOINER}{{0,254}}{RUN}(?:{JOINER}+{RUN})*{JOINER}*"
@@ -1421,14 +1429,14 @@ def _nodes(shop: Shop, goal: Goal, page: Page) -> Iterator[tuple[str, str]]:
         for char in "<>&'":                                         # as the original's template writes JSON
             chosen = chosen.replace(char, f"\\u{ord(char):04x}")
         yield from ((t, "text") for t in (
-            "Thank you for shopping with us!", "Your code:", "None", "(Paste it in your MTurk interface.)", "Purchased",
+            "Thank you for shopping with us!", "Your code: ", "None", " (Paste it in your MTurk interface.)", "Purchased",
             "asin", page.asin, "options", chosen, "attrs", "None", "category", "None", "query", "None", "product category",
             "None", "Target", "asin", "options", "attrs", "price upper", "instuction text", "category", "product category",
-            "query", "Goal", "None", "Reward", "Your score (min 0.0, max 1.0)", str(page.score and page.score.total),
-            "Reward Details", "None"))
+            "query", "Goal ", "None", "Reward", "Your score (min 0.0, max 1.0)", str(page.score and page.score.total),
+            "Reward Details ", "None"))
         return
     if page.kind == "search":
-        yield from (("WebShop", "text"), ("Instruction:", "text"), (goal.text, "text"), ("Search", "button"))
+        yield from (("WebShop", "text"), ("Instruction: ", "text"), (goal.text, "text"), ("Search", "button"))
         return
     yield from (("Instruction:", "text"), (goal.text, "text"), ("Back to Search", "button"))
     if page.kind == "results":
@@ -1461,9 +1469,10 @@ def _plain_text(nodes: Sequence[tuple[str, str]]) -> str:
 
 def _rich_text(nodes: Sequence[tuple[str, str]], page: Page) -> str:
     """Observation mode `text_rich`: buttons are marked, and so is what was clicked."""
-    lines, chosen = [], json.dumps(dict(page.chosen))
+    # The original looks for an option in quotes in the page's whole address, which holds the query, too.
+    lines, address = [], f"{page.asin}/{page.query.replace(' ', '+')}/{page.number}/{json.dumps(dict(page.chosen))}"
     for text, kind in nodes:
-        clicked = f'"{text}"' in chosen if kind == "option" else text in page.seen
+        clicked = f'"{text}"' in address if kind == "option" else text in page.seen
         mark = "clicked button" if clicked else "button"
         if kind == "text":
             lines += [text] if text else []
@@ -1569,7 +1578,7 @@ class WebShop:
             if not self.splits[name]:
                 repeats = f", {len(repeated)} of them left out as they repeat others," if repeated else ""
                 raise ValueError(f"{len(shop.goals)} goals{repeats} are too few for the {split} split ({name} begins at goal "
-                                 f"{first}); use --webshop-split release, --webshop-size full or --webshop-goals synthetic")
+                                 f"{first})")
         counts = ", ".join(f"{name} {len(tasks)}" for name, tasks in self.splits.items())
         counts += f" ({len(repeated)} more read as one held out)" if repeated else ""
         nouns = "a stop-list, as no spaCy model is installed" if shop.tagger == "stop-list" else f"spaCy's {shop.tagger}"
@@ -1598,7 +1607,13 @@ def make_shop(data: str, compact: bool, max_steps: int, seed: int, *, size: str 
     else:
         shop = Shop.generated(seed, 450 if compact else 1000, tagger=tagger)
         what = f"{'small ' if compact else ''}GENERATED catalogue {seed} (scores are not WebShop benchmark scores)"
-    return WebShop(shop, what, max_steps=max_steps, observation=observation, split=split)
+    try:
+        return WebShop(shop, what, max_steps=max_steps, observation=observation, split=split)
+    except ValueError as error:
+        ways = [f"--webshop-{name} {value}" for name, value, given in (
+            ("split", "release", split), ("size", "full", size if data else "full"),
+            ("goals", "synthetic", goals if data else "synthetic")) if value != given]
+        raise ValueError(f"{error}; use {' or '.join(ways) or 'data with more products'}") from error
 
 
 # ---- 12. WebShop: a made-up catalogue ------------------------------------------------------------------------

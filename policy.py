@@ -14,10 +14,14 @@ Axes: B rows (a prompt and its response), T tokens of a row, N response tokens o
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import datetime
 import json
 import logging
 import math
 import os
+import re
 import resource
 import sys
 import warnings
@@ -27,6 +31,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Protocol, TypeVar
 
+import psutil
 import torch
 from tqdm import tqdm
 
@@ -35,10 +40,14 @@ import gigpo
 # Batches of any length leave no holes. Read by torch at the first look at the device, so here and not in `Policy`.
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 HERE = Path(__file__).resolve().parent
+TAGS = ("<think>", "</think>", "<action>", "</action>", "<skill>", "</skill>")      # that prompts and responses are written with
 END_TAGS = ("</action>", "</skill>")        # a response ends here
+PROBE = "-siri-probe-"                      # a turn of no meaning, to see what a chat template writes around it
+ROLE = r"<[^\s<>]+>|\[/?[A-Z_]+\]|#{2,} *\w+:?|^\w+:"       # how templates mark roles in plain text
 TAIL = 16                                   # tokens in which an end tag is looked for
 PREFILL = 16384                             # padded prompt tokens read at once before generating: bounds their activations
 PROBE_ROWS = 8                              # rows of the first probe of generation: as many longest prompts fill a PREFILL
+CPU_TOKENS = 32768                          # padded tokens of a batch on a CPU, at most
 SPARE = 0.85                                # share of the memory limit that budgets may fill; the rest is for holes
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -61,6 +70,7 @@ class Settings(Protocol):
     gen_tokens: int
     update_tokens: int
     compact: bool                           # a tiny policy: it is faster on the CPU, whatever the machine has
+    date: str
     lr: float
     weight_decay: float
     seed: int
@@ -74,11 +84,20 @@ class Pair(Protocol):
 
 # ---- 1. Loading --------------------------------------------------------------------------------------------
 
+def load_tokenizer(source: str, how: dict[str, Any]) -> Any:
+    """The tokenizer of a model, as its files describe it."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    # AutoTokenizer would replace the pre-tokenizer of a custom fast tokenizer by Qwen2's own, silently.
+    config = Path(source) / "tokenizer_config.json"
+    custom = config.exists() and json.loads(config.read_text()).get("tokenizer_class") in (
+        "TokenizersBackend", "PreTrainedTokenizerFast")
+    return (PreTrainedTokenizerFast if custom else AutoTokenizer).from_pretrained(source, **how)
+
+
 def load_base(cfg: Settings, device: str) -> tuple[Any, Any]:
     """The tokenizer and the frozen base model, in bf16 on a GPU (or NF4 with `four_bit`), in fp32 on a CPU. UserError for
-    a model that can't be loaded or has no chat template."""
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerFast
+    a model that can't be loaded as it was saved: to the last weight, and not quantised by others."""
+    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
     shipped = HERE / cfg.model                              # assets/tiny is found from any working directory
     source = str(shipped) if (shipped / "config.json").exists() else cfg.model
     local = Path(source).is_dir()
@@ -86,50 +105,183 @@ def load_base(cfg: Settings, device: str) -> tuple[Any, Any]:
         raise UserError(f"--model {cfg.model}: the folder has no config.json; it must be a model saved by save_pretrained")
     how: dict[str, Any] = dict(local_files_only=local, trust_remote_code=False)
     try:
-        # AutoTokenizer would replace the pre-tokenizer of a custom fast tokenizer by Qwen2's own, silently.
-        config = Path(source) / "tokenizer_config.json"
-        custom = config.exists() and json.loads(config.read_text()).get("tokenizer_class") in (
-            "TokenizersBackend", "PreTrainedTokenizerFast")
-        tokenizer = (PreTrainedTokenizerFast if custom else AutoTokenizer).from_pretrained(source, **how)
-        if not tokenizer.chat_template:
-            raise UserError(f"--model {cfg.model}: its tokenizer has no chat template; use an instruct model")
+        tokenizer, config = load_tokenizer(source, how), AutoConfig.from_pretrained(source, **how)
+        refuse_too_large(cfg, source, config, device)
+        quantised = getattr(config, "quantization_config", None)
+        if quantised and device == "cpu":
+            raise UserError(f"--model {cfg.model}: its weights are quantised already, which needs a CUDA device; give the model "
+                            "that it was made from")
+        # Log-probabilities of one row are taken several times (G7, G8): dropout in the base would make each another policy's.
+        for part in (config, config.get_text_config()):
+            for name in [n for n, value in vars(part).items() if re.search("drop(out)?$|pdrop|layerdrop", n) and value]:
+                setattr(part, name, 0.0)
         quant = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                                   bnb_4bit_compute_dtype=torch.bfloat16) if cfg.four_bit else None
-        model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=torch.bfloat16 if device == "cuda" else torch.float32, quantization_config=quant,
-            device_map={"": device} if device == "cuda" else None, use_safetensors=True, **how)
-    except (OSError, ValueError, SafetensorError) as e:
-        raise UserError(f"--model {cfg.model}: could not be loaded ({str(e).splitlines()[0]}); give a hub id that "
-                        "this machine can reach, or a local folder") from e
+                                   bnb_4bit_compute_dtype=torch.bfloat16) if cfg.four_bit and not quantised else None
+        model, report = AutoModelForCausalLM.from_pretrained(
+            source, config=config, dtype=torch.bfloat16 if device == "cuda" else torch.float32, use_safetensors=True,
+            device_map={"": device} if device == "cuda" else None, output_loading_info=True,
+            **(dict(quantization_config=quant) if quant else {}), **how)
+    except UserError:
+        raise
+    except Exception as e:                      # what a model folder can be wrong in, others' code raises as anything
+        raise UserError(f"--model {cfg.model}: could not be loaded ({one_line(e)}); give a hub id that this machine can "
+                        "reach, or a local folder") from e
+    for what in ("missing", "mismatched", "unexpected"):
+        if keys := sorted(map(str, report[f"{what}_keys"])):
+            raise UserError(f"--model {cfg.model}: {len(keys)} weights are {what}, such as {keys[0][:80]}: it would not be the "
+                            "model that was saved; get it again, or give the model that it was made from")
+    merge_adapters(model)
     # peft's prepare_model_for_kbit_training would also turn the bf16 embeddings into fp32: 2.2 GiB more for a 7B model.
-    if device == "cuda":
+    if not cfg.compact:                         # a tiny policy is faster without
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
     return tokenizer, model
 
 
+def refuse_too_large(cfg: Settings, source: str, config: Any, device: str) -> None:
+    """UserError for a local model whose weights, in fp32, are more than a CPU's free memory: the kernel would end the program."""
+    size = sum(path.stat().st_size for path in Path(source).glob("*.safetensors"))
+    size *= 2 if getattr(config, "dtype", None) in (torch.bfloat16, torch.float16) else 1
+    if device == "cpu" and size > (free := free_memory()):
+        raise UserError(f"--model {cfg.model}: its weights take {size / 2**30:.1f} GiB in fp32, and {free / 2**30:.1f} GiB are "
+                        "free; use a smaller model, or a GPU")
+
+
+def merge_adapters(model: Any) -> None:
+    """Make an adapter that lay in the model's folder, and was loaded with it, part of the base: it is the reference, too."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    for name, module in list(model.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            module.merge(safe_merge=True)
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, module.get_base_layer())
+    if getattr(model, "_hf_peft_config_loaded", False):
+        model._hf_peft_config_loaded = False
+        del model.peft_config
+
+
 def attach_adapter(model: Any, cfg: Settings, folder: Path | None) -> Any:
-    """The base with a LoRA adapter on all linear layers: a new one, drawn from the seed, or the one saved in `folder`.
-    UserError for an adapter that can't be loaded, or was made with other settings."""
-    from peft import LoraConfig, PeftModel, get_peft_model
+    """The base with a LoRA adapter on all linear layers, drawn from the seed, or with the tensors saved in `folder`. UserError
+    for layers that can't carry one, tensors that don't fit, and an adapter that was made with other settings."""
+    from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
     from safetensors import SafetensorError
-    if folder is None:
-        torch.manual_seed(cfg.seed)
-        return get_peft_model(model, LoraConfig(r=cfg.lora_r, lora_alpha=cfg.lora_alpha, lora_dropout=0.0,
-                                                target_modules="all-linear", task_type="CAUSAL_LM"))
+    from safetensors.torch import load_file
+    torch.manual_seed(cfg.seed)
     try:
-        for name in ("adapter_config.json", "adapter_model.safetensors"):
-            if not (folder / name).exists():
-                raise OSError(f"{name} is missing")
-        adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as e:
-        raise UserError(f"{folder}: its adapter cannot be loaded ({' '.join(str(e).split())[:200]}); use another "
-                        "checkpoint") from e
-    saved = adapted.peft_config["default"]
-    if (saved.r, saved.lora_alpha) != (cfg.lora_r, cfg.lora_alpha):
-        raise UserError(f"--lora-r {cfg.lora_r} --lora-alpha {cfg.lora_alpha}: the adapter in {folder} has {saved.r} "
-                        f"and {saved.lora_alpha}, which cannot be changed; leave these flags out")
+        adapted = get_peft_model(model, LoraConfig(r=cfg.lora_r, lora_alpha=cfg.lora_alpha, lora_dropout=0.0,
+                                                   target_modules="all-linear", task_type="CAUSAL_LM"))
+    except Exception as e:                      # peft's errors are of any type
+        raise UserError(f"--model {cfg.model}: cannot carry a LoRA adapter on all of its linear layers ({one_line(e)}); use "
+                        "another model") from e
+    if folder is None:
+        return adapted
+    # Of a saved adapter only the numbers are taken: what it is made of is known, and a file from elsewhere has no say in it.
+    try:
+        tensors, saved = load_file(folder / "adapter_model.safetensors"), json.loads((folder / "adapter_config.json").read_bytes())
+        r, alpha = saved["r"], saved["lora_alpha"]
+        if (r, alpha) != (cfg.lora_r, cfg.lora_alpha):
+            raise UserError(f"--lora-r {cfg.lora_r} --lora-alpha {cfg.lora_alpha}: the adapter in {folder} has {r} and {alpha}, "
+                            "which cannot be changed; leave these flags out")
+        own = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+        if {k: v.shape for k, v in own.items()} != {k: v.shape for k, v in tensors.items()}:
+            raise ValueError("its tensors are not those of this model's linear layers")
+        set_peft_model_state_dict(adapted, tensors)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as e:
+        raise UserError(f"{folder}: its adapter cannot be loaded ({one_line(e)}); use another checkpoint") from e
     return adapted
+
+
+def one_line(error: Exception) -> str:
+    """What an exception of another program says, short."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+class Chat:
+    """A tokenizer and its chat template: a turn to ids, and ids to text. UserError for a template or tokenizer that can't serve."""
+
+    def __init__(self, tokenizer: Any, cfg: Settings, ends: set[int]) -> None:
+        self.tokenizer, self.before = tokenizer, list[dict[str, str]]()
+        template = tokenizer.chat_template
+        if isinstance(template, dict):
+            template = template.get("default")
+        if not template:
+            raise UserError(f"--model {cfg.model}: its tokenizer has no chat template; use an instruct model")
+        # A template that writes the date writes the same one tomorrow.
+        today = datetime.date.fromisoformat(cfg.date) if cfg.date else datetime.date.today()
+        tokenizer.chat_template = re.sub(r"strftime_now\s*\(\s*(['\"])(.*?)\1\s*\)", lambda m: repr(today.strftime(m[2])), template)
+        try:
+            self.render("x")
+        except Exception:                                       # some templates want a system turn, and most can do without
+            self.before = [dict(role="system", content="You are a helpful assistant.")]
+        try:
+            self.render("x")
+        except Exception as e:
+            raise UserError(f"--model {cfg.model}: its chat template takes no user turn ({one_line(e)}); use another model") from e
+        added = tokenizer.added_tokens_decoder.items()
+        ours = {i for i, t in added if t.content in TAGS}
+        self.hidden = ({i for i, t in added if t.special} | set(tokenizer.all_special_ids)) - ours           # left out of texts
+        marks = {i for i, t in added if re.fullmatch(r"[<\[{|].*[>\]}|]", t.content.strip())}
+        unknown = {tokenizer.unk_token_id}.intersection(tokenizer("\u2603\u0f0c", add_special_tokens=False).input_ids)
+        self.control = (self.hidden | marks) - ours - unknown           # what no text of others may turn into
+        before, _, after = self.render(PROBE).partition(PROBE)
+        self.structure = self.controls(self.ids("x"))
+        self.roles = sorted({m for m in re.findall(ROLE, before + "\n" + after, re.MULTILINE) if len(m) > 2}, key=len, reverse=True)
+        # A template may begin the answer itself: with a thought that is open, or with an empty one.
+        self.opening = after[after.rindex("<think>"):] if "<think>" in after else ""
+        # A response ends with one of the model's own end tokens, or with an end tag where that is a token.
+        ends = {e for e in ends | {tokenizer.eos_token_id} if isinstance(e, int)}
+        self.vocab = max([len(tokenizer) - 1, *tokenizer.get_vocab().values(), *ends]) + 1
+        known = tokenizer.get_added_vocab()
+        self.stops = sorted(ends | {known[t] for t in END_TAGS if t in known})
+        if not ends:
+            raise UserError(f"--model {cfg.model}: neither its tokenizer nor its generation_config names an end token; use an "
+                            "instruct model")
+        for tag in TAGS:
+            if tag not in self.text(tokenizer(tag, add_special_tokens=False).input_ids):
+                raise UserError(f"--model {cfg.model}: its tokenizer does not give {tag} back; use another instruct model")
+
+    def render(self, user: str) -> str:
+        """The prompt as text."""
+        return self.tokenizer.apply_chat_template([*self.before, dict(role="user", content=user)], add_generation_prompt=True,
+                                                  tokenize=False)
+
+    def ids(self, user: str) -> list[int]:
+        """The prompt's ids, whatever they say."""
+        return self.tokenizer(self.render(user), add_special_tokens=False).input_ids
+
+    def controls(self, ids: Iterable[int]) -> list[int]:
+        """The control tokens among ids, in their order."""
+        return [i for i in ids if i in self.control]
+
+    def encode(self, user: str) -> list[int]:
+        """Token ids of a prompt: one user turn, and the header of the assistant's. Its control tokens are the template's and no
+        others: what would become one, as it stands or once it is normalised, and marks of roles are broken by a space. UserError
+        for text that can't be told from the template's."""
+        user = user.encode(errors="replace").decode()       # JSON can hold half a character, which no tokenizer takes
+        for role in self.roles:
+            user = user.replace(role, role[0] + " " + role[1:])
+        for attempt in range(20):
+            if self.controls(ids := self.ids(user)) == self.structure:
+                return ids
+            user = self.broken(user, attempt)
+        raise UserError("a text holds control tokens of the chat template that cannot be broken: " + repr(user[:60]))
+
+    def broken(self, user: str, attempt: int) -> str:
+        """The text with its control tokens broken by a space; what is a single character, or was broken in vain, is replaced."""
+        whole = self.render(user)
+        start = whole.find(user.strip()) - (len(user) - len(user.lstrip())) * (user not in whole)      # templates may trim a turn
+        start = whole.find(user) if user in whole else start
+        found = self.tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
+        for i, (a, b) in reversed([*zip(found.input_ids, found.offset_mapping)]):
+            a, b = a - start, b - start
+            if i in self.control and 0 <= a < b <= len(user):
+                a += len(user[a:b]) - len(user[a:b].lstrip())
+                user = user[:a + 1] + " " + user[a + 1:] if attempt < 2 and b - a > 1 else user[:a] + " " + user[b:]
+        return user
+
+    def text(self, ids: Sequence[int]) -> str:
+        """The text of token ids, control tokens left out."""
+        return self.tokenizer.decode([i for i in ids if i not in self.hidden])
 
 
 class Policy:
@@ -146,45 +298,84 @@ class Policy:
         self.cfg: Any = cfg                     # may hold more than Settings, for those who made it
         self.device = "cuda" if torch.cuda.is_available() and not cfg.compact else "cpu"
         self.tokenizer, base = load_base(cfg, self.device)
+        ends = base.generation_config.eos_token_id
+        self.chat = Chat(self.tokenizer, cfg, set(ends if isinstance(ends, list) else [ends]))
+        self.vocab = self.chat.vocab            # ids from here on are padding of the weight matrix, never sampled
+        self.stops = self.chat.stops
+        if self.vocab > (width := base.get_output_embeddings().weight.shape[0]):
+            raise UserError(f"--model {cfg.model}: its tokenizer has {self.vocab} ids and its weights {width}; get it again")
         self.model = attach_adapter(base, cfg, adapter)
         self.model.eval()
         self.trainable = [p for p in self.model.parameters() if p.requires_grad]
-        self.vocab = len(self.tokenizer)        # ids from here on are padding of the weight matrix, never sampled
-        self.specials = sorted(set(self.tokenizer.all_special_tokens) | {
-            t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special}, key=len, reverse=True)
-        # A response ends with one of the model's own end tokens, or with an end tag where that is a token.
-        ends = self.model.generation_config.eos_token_id
-        ends = set(ends if isinstance(ends, list) else [ends]) | {self.tokenizer.eos_token_id}
-        known = self.tokenizer.get_added_vocab()
-        self.stops: list[int] = sorted({e for e in ends if e is not None} | {known[t] for t in END_TAGS if t in known})
         # Tags of several tokens are found in the text instead, after any token that has a ">".
+        known = self.tokenizer.get_added_vocab()
         spelled = not all(t in known for t in END_TAGS)
         self.closing = torch.tensor([i for t, i in self.tokenizer.get_vocab().items() if ">" in t and spelled],
                                     dtype=torch.long, device=self.device)
         self.pad: int = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.stops[0]
         self.model.generation_config = GenerationConfig(eos_token_id=self.stops, pad_token_id=self.pad)  # not the model's own
         self.gen_tokens, self.update_tokens = cfg.gen_tokens, cfg.update_tokens
+        self.check()
         self.fit()
+
+    @torch.no_grad()
+    def check(self) -> None:
+        """UserError unless the log-probabilities that are trained are those that sampling uses, on prompts of unequal length and
+        with an adapter that does something: a model may scale or mask in ways that `logprobs` does not know."""
+        from transformers import GenerationConfig, LogitsProcessorList
+        prompts, dice = [self.encode("look " * n) for n in (1, 30, 7)], torch.Generator().manual_seed(0)
+        ids, mask = self.pad_batch(prompts)
+        adapter = [(p, p.clone()) for name, p in self.model.named_parameters() if "lora_B" in name]
+        try:
+            for p, _ in adapter:
+                p.copy_(torch.randn(p.shape, generator=dice) * 0.02)
+            said = self.model.generate(
+                input_ids=ids, attention_mask=mask, logits_processor=LogitsProcessorList([self.mask_padded_vocabulary]),
+                generation_config=GenerationConfig(
+                    do_sample=False, max_new_tokens=3, min_new_tokens=3, pad_token_id=self.pad, eos_token_id=self.stops,
+                    prefill_chunk_size=32, output_logits=True, return_dict_in_generate=True))
+            logits = torch.stack(said.logits, 1)[..., :self.vocab].float() / self.cfg.temperature             # (B, 3, V)
+            tokens = said.sequences[:, ids.shape[1]:]                                                         # (B, 3)
+            sampled = logits.log_softmax(-1).gather(-1, tokens[..., None]).flatten()                          # (3 B,)
+            self.model.train()                                                  # as in an update
+            trained, _ = self.logprobs([SimpleNamespace(prompt=q, response=r) for q, r in zip(prompts, tokens.tolist())])
+        except Exception as e:
+            if isinstance(e, UserError) or out_of_memory(e):
+                raise
+            raise UserError(f"--model {self.cfg.model}: cannot generate or be trained ({one_line(e)}); use another model") from e
+        finally:
+            self.model.eval()
+            for p, saved in adapter:
+                p.copy_(saved)
+        off = (trained - sampled).abs().mean().item()
+        if not off < (1e-3 if self.model.dtype == torch.float32 else 0.1):
+            raise UserError(f"--model {self.cfg.model}: the log-probabilities that would be trained are {off:.2g} nats a token off "
+                            "those that it samples with: its architecture needs what is not here; use another model")
 
     # ---- 2. Prompts in, answers out ----------------------------------------------------------------------------
 
-    def neutralise(self, text: str) -> str:
-        """Break every control token in text that comes from a task, an environment or a skill, so that it stays text."""
-        text = text.encode(errors="replace").decode()       # JSON can hold half a character, which no tokenizer takes
-        # Until there is none: what is left of one token, put together, may be another.
-        while any(t in text for t in self.specials):
-            for t in self.specials:
-                text = text.replace(t, t[0] + " " + t[1:])
-        return text
-
     def encode(self, user: str) -> list[int]:
-        """Token ids of a prompt: one user turn, and the header of the assistant's."""
-        return self.tokenizer.apply_chat_template([{"role": "user", "content": self.neutralise(user)}],
-                                                  add_generation_prompt=True, tokenize=True, return_dict=False)
+        """Token ids of a prompt: one user turn, and the header of the assistant's. UserError as `Chat.encode`."""
+        return self.chat.encode(user)
+
+    def answer(self, ids: Sequence[int]) -> str:
+        """A response as text, with the part of it that the template has begun."""
+        return self.chat.opening + self.decode(ids)
+
+    def save_adapter(self, folder: Path) -> None:
+        """Write the adapter in peft's format. OSError or SafetensorError if it can't be written."""
+        from peft import get_peft_model_state_dict
+        from safetensors.torch import save_file
+        config = self.model.peft_config["default"].to_dict() | dict(inference_mode=True)
+        # peft's own save would ask the model hub, and write sets in an order that changes from one process to the next.
+        config = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
+        (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True, default=str))
+        save_file(get_peft_model_state_dict(self.model, save_embedding_layers=False), folder / "adapter_model.safetensors",
+                  metadata={"format": "pt"})
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, control tokens left out."""
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
+        return self.chat.text(ids)
 
     def generate(self, prompts: Sequence[list[int]], temperature: float, max_new: int) -> list[list[int]]:
         """Sample one response per prompt (at most `max_new` ids, the stop token included), in batches of prompts of like
@@ -255,7 +446,7 @@ class Policy:
         # A token is predicted by the state before it, so the logits of prompts, most of a batch, are never computed.
         states = torch.cat([hidden[b, -len(r.response) - 1:-1] for b, r in enumerate(rows)])      # (N, H)
         targets = torch.tensor([t for r in rows for t in r.response], device=self.device)         # (N,)
-        return gigpo.token_logprobs(states, model.get_output_embeddings(), targets,
+        return gigpo.token_logprobs(states, output_head(model), targets,
                                     temperature=self.cfg.temperature, vocab=self.vocab)
 
     def frozen_logprobs(self, rows: Sequence[Pair]) -> list[torch.Tensor]:
@@ -298,29 +489,35 @@ class Policy:
 
     def fit(self) -> None:
         """Token budgets that were left open: from two probes of each kind of work, which give its bytes per token. UserError
-        if the smaller one, 8 rows to generate or one to update, does not fit into `memory_gib`."""
+        if the smaller one, 8 rows to generate or one to update, does not fit into `memory_gib`, or on a CPU one row into what
+        is free."""
         cfg = self.cfg
-        if self.device == "cpu":
+        if cfg.compact:                         # a tiny policy: known, and probes would take longer than its first iteration
             self.gen_tokens, self.update_tokens = self.gen_tokens or 32768, self.update_tokens or 8192
             return
-        # Two probes of each kind of work are a line: what is taken anyway, and what a token takes more.
-        total = torch.cuda.get_device_properties(0).total_memory
-        limit = min(cfg.memory_gib * 2**30, torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved())
-        torch.cuda.set_per_process_memory_fraction(limit / total)
         adam = sum(p.numel() for p in self.trainable) * (2 if cfg.four_bit else 8)      # bytes of optimizer state
         longest: Any = SimpleNamespace(prompt=[0] * cfg.max_prompt, response=[0] * cfg.max_response)
+        if self.device == "cpu":
+            # Short probes, since a CPU is slow, and one row is at least as long as a budget has to be.
+            longest = SimpleNamespace(prompt=[0] * min(cfg.max_prompt, 192), response=[0] * min(cfg.max_response, 64))
+            give_back_freed_memory()
+            limit = free_memory() + psutil.Process().memory_info().rss
+        else:
+            total = torch.cuda.get_device_properties(0).total_memory
+            limit = min(cfg.memory_gib * 2**30, torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved())
+            torch.cuda.set_per_process_memory_fraction(limit / total)
 
         def update(rows: int) -> None:
             self.model.train()
             self.logprobs([longest] * rows)[0].sum().backward()
             self.rest()
 
+        # Two probes of each kind of work are a line: what is taken anyway, and what a token takes more.
         if not self.gen_tokens:
-            self.gen_tokens = self.budget(lambda rows: self.sample([longest.prompt] * rows, 1.0, 2), PROBE_ROWS, cfg.max_prompt + 2,
-                                          SPARE * limit - adam)
+            self.gen_tokens = self.budget(lambda rows: self.sample([longest.prompt] * rows, 1.0, 2), PROBE_ROWS,
+                                          len(longest.prompt) + 2, SPARE * limit - adam)
         if not self.update_tokens:
-            self.update_tokens = self.budget(update, 1, cfg.max_prompt + cfg.max_response, SPARE * limit - adam)
-        torch.cuda.empty_cache()
+            self.update_tokens = self.budget(update, 1, len(longest.prompt) + len(longest.response), SPARE * limit - adam)
 
     def rest(self) -> None:
         """Drop gradients and leave training mode."""
@@ -333,6 +530,8 @@ class Policy:
         cfg = self.cfg
 
         def peak(n: int) -> float:
+            if self.device == "cpu":
+                return resident_peak(lambda: probe(n))
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
             probe(n)
@@ -348,16 +547,25 @@ class Policy:
         except torch.OutOfMemoryError:
             twice = math.inf
             self.rest()
-        return int(rows * width * (1 + max(0, usable - once) / (twice - once)))
+        if self.device == "cuda":
+            return int(rows * width * (1 + max(0, usable - once) / (twice - once)))
+        token, row = max(twice - once, 2**16) / (rows * width), cfg.max_prompt + cfg.max_response
+        tokens = int((usable - once) / token)
+        if tokens < row:
+            raise UserError(f"{usable / 2**30:.1f} GiB of memory can be used, the model takes {once / 2**30:.1f}, a row of {row} "
+                            f"tokens {row * token / 2**30:.1f}: lower --max-prompt and --max-response, or use a smaller --model")
+        return min(tokens, CPU_TOKENS)          # a larger batch is no faster on a CPU
 
     def retry(self, budget: str, work: Callable[[], Result]) -> Result:
-        """Do the work; each time the device runs out of memory, halve the token budget (`gen_tokens` or `update_tokens`)
-        and do it again. UserError once the budget is down to a single row."""
+        """Do the work; each time the device or the machine runs out of memory, halve the token budget (`gen_tokens` or
+        `update_tokens`) and do it again. UserError once the budget is down to a single row."""
         while True:
             try:
                 return work()
-            except torch.OutOfMemoryError:
-                pass                            # not here: the traceback still holds the tensors
+            except (RuntimeError, MemoryError) as e:
+                if not out_of_memory(e):
+                    raise
+            # Not there: the traceback still holds the tensors.
             tokens = getattr(self, budget)
             if tokens <= self.cfg.max_prompt + self.cfg.max_response:
                 raise UserError("out of memory with a single row: lower --max-prompt and --max-response"
@@ -367,6 +575,21 @@ class Policy:
 
 
 # ---- 5. Helpers ------------------------------------------------------------------------------------------------
+
+def output_head(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    """From states to the logits that the model samples with: some architectures scale them, or cap them softly."""
+    head, config = model.get_output_embeddings(), model.config.get_text_config()
+    scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+    cap = getattr(config, "final_logit_softcapping", None)
+    if scale == 1.0 and not cap:
+        return head
+
+    def scaled(states: torch.Tensor) -> torch.Tensor:
+        logits = head(states) * scale
+        return cap * torch.tanh(logits / cap) if cap else logits
+
+    return scaled
+
 
 def make_optimizer(policy: Policy) -> torch.optim.Optimizer:
     """AdamW [R] over the adapter; with 4-bit weights its moments are kept in 8 bits [O]."""
@@ -387,6 +610,47 @@ def microbatches(items: Iterable[Item], length: Callable[[Item], int], budget: i
         batch.append(item)
     if batch:
         yield batch
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether this is what a device or the machine without memory raises."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+
+
+def free_memory() -> float:
+    """Bytes that this process may still take: what the machine has, within the limits of its control group and its own."""
+    free = psutil.virtual_memory().available
+    for limit, used, cache in (("memory.max", "memory.current", "memory.stat"),
+                               ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat")):
+        try:
+            taken, room = (int(Path("/sys/fs/cgroup", name).read_text()) for name in (used, limit))
+            kept = re.search(r"^(?:total_)?inactive_file (\d+)", Path("/sys/fs/cgroup", cache).read_text(), re.MULTILINE)
+            free = min(free, room - taken + int(kept[1] if kept else 0))
+        except (OSError, ValueError):           # no such group, or no limit
+            continue
+    own = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if own != resource.RLIM_INFINITY:
+        free = min(free, own - psutil.Process().memory_info().vms)
+    return max(free, 0)
+
+
+def give_back_freed_memory() -> None:
+    """Have glibc give every large block back when it is freed; by itself it keeps what it hopes to need again, and a CPU's
+    peak would be that of all batches together."""
+    with contextlib.suppress(AttributeError, OSError):          # another C library
+        ctypes.CDLL(None).mallopt(-3, 2**20)                    # M_MMAP_THRESHOLD
+
+
+def resident_peak(work: Callable[[], Any]) -> float:
+    """Do the work; returns the process's largest resident memory meanwhile, in bytes (outside Linux: ever)."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")           # the mark is now's
+    work()
+    try:
+        return 1024 * int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1])      # type: ignore[index]
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def device_gib() -> float:

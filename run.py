@@ -13,18 +13,21 @@ result; a damaged checkpoint is named, and the one before is used.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import dataclasses
 import difflib
+import errno
 import io
 import json
 import os
 import shutil
 import signal
 import sys
+import threading
 from collections import defaultdict
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +55,13 @@ try:
         load_bank,
         load_results,
         read_json,
+        refuse_links,
         sync,
         write_json,
         write_text,
     )
     from tools.settings import flag, load_config, make_environment, resolve
+    from tools.terminal import printable, say
 except ModuleNotFoundError as error:
     sys.exit(missing(error.name))
 
@@ -70,10 +75,10 @@ class Stopped(Exception):
 # ---- 1. Files ------------------------------------------------------------------------------------------------------
 
 def add_result(folder: Path, result: dict[str, Any]) -> None:
-    """Append an evaluation; one with the same label, iteration and panel (a repeat after a resume) is replaced.
+    """Append an evaluation; a repeat (after a resume) of one with the same label, iteration, panel and settings replaces it.
     UserError as `load_results`."""
-    def key(r: dict[str, Any]) -> tuple:
-        return r["label"], r["iteration"], r["panel"]
+    def key(r: dict[str, Any]) -> list:
+        return [r.get(name) for name in ("label", "iteration", "panel", "temperature", "settings")]
 
     path = folder / "results.json"
     results = load_results(folder) if path.exists() else []
@@ -99,7 +104,7 @@ def save_sample(folder: Path, learner: siri.Learner, it: siri.Iteration) -> None
     if it.groups:
         text, data = metrics.sample(learner, it)
         (folder / "samples").mkdir(exist_ok=True)
-        write_text(folder / "samples" / f"{it.number:04d}.txt", text)
+        write_text(folder / "samples" / f"{it.number:04d}.txt", printable(text))
         write_json(folder / "samples" / f"{it.number:04d}.json", data)
 
 
@@ -107,35 +112,52 @@ def save_sample(folder: Path, learner: siri.Learner, it: siri.Iteration) -> None
 
 def save_checkpoint(folder: Path, learner: siri.Learner) -> None:
     """Adapter (peft format), optimizer, progress and bank with their hashes, written aside and renamed: at any moment the
-    folder holds a whole checkpoint, named by iterations and milestones passed. The last two are kept. UserError for values that
-    are not finite: they are not saved."""
-    from safetensors.torch import save_file
+    folder holds a whole checkpoint. The last two are kept. UserError for values that are not finite: they are not saved.
+    OSError for a full disk: what was half written goes."""
     root, bank, p = folder / "checkpoints", learner.bank.to_json(), learner.progress
-    name, aside = f"{p.iteration:05d}-{p.milestones}", root / "writing"
+    # 00000 before the base was evaluated, then iterations and ended phases: 00012-1 is in mining, and 00040-3 the finished run.
+    name, aside = f"{p.iteration:05d}" + f"-{p.milestones - 1}" * (p.milestones > 0), root / "writing"
     # Nothing is learnt between two milestones but in iterations: what has this name is this very state, and stays if it is sound.
     if not damage(root / name):
         return
     if not all(tensor.isfinite().all() for tensor in learner.policy.trainable):
         raise UserError("the adapter has values that are not finite, and is not saved: resume with a lower --lr and --distill-lr")
-    shutil.rmtree(aside, ignore_errors=True)
-    # The base model is not saved: the adapter is all that is learnt.
-    learner.policy.model.save_pretrained(aside)
-    state = {i: s | s.pop("__bnb_optimizer_quant_state__", {})                # where bitsandbytes nests its tensors
-             for i, s in learner.optimizer.state_dict()["state"].items()}
-    save_file({f"{i}.{k}": torch.as_tensor(v).clone() for i, s in state.items() for k, v in s.items()},
-              aside / "optimizer.safetensors")
-    write_text(aside / "progress.json", json.dumps(vars(p), default=vars))    # on one line: it holds many token ids
-    write_json(aside / "skills.json", bank)
-    write_json(aside / "manifest.json", {path.name: file_hash(path) for path in sorted(aside.iterdir())})
-    # On the disk before it gets its name: after a power cut a checkpoint with a name is a whole one.
-    for path in (*aside.iterdir(), aside):
-        sync(path)
+    try:
+        write_checkpoint(aside, learner)
+    except OSError:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
     shutil.rmtree(root / name, ignore_errors=True)
     os.replace(aside, root / name)
     sync(root)
     write_json(folder / "skills.json", bank)
     for old in checkpoints(folder)[2:]:
         shutil.rmtree(old)
+    size, free = sum(path.stat().st_size for path in (root / name).iterdir()), shutil.disk_usage(root).free
+    if free < 3 * size:
+        say(f"     warning: {free / 2**20:.0f} MiB free for {root}, and a checkpoint takes {size / 2**20:.0f}; make room")
+
+
+def write_checkpoint(aside: Path, learner: siri.Learner) -> None:
+    """The files of a checkpoint, in a new folder; on the disk when it returns. OSError if they can't be written."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    state = {i: s | s.pop("__bnb_optimizer_quant_state__", {})                # where bitsandbytes nests its tensors
+             for i, s in learner.optimizer.state_dict()["state"].items()}
+    try:
+        learner.policy.save_adapter(aside)          # not the base model: the adapter is all that is learnt
+        save_file({f"{i}.{k}": torch.as_tensor(v).clone() for i, s in state.items() for k, v in s.items()},
+                  aside / "optimizer.safetensors")
+    except SafetensorError as e:
+        raise OSError(errno.ENOSPC, str(e), str(aside)) from e
+    write_text(aside / "progress.json", json.dumps(vars(learner.progress), default=vars))    # on one line: many token ids
+    write_json(aside / "skills.json", learner.bank.to_json())
+    write_json(aside / "manifest.json", {path.name: file_hash(path) for path in sorted(aside.iterdir())})
+    # On the disk before it gets its name: after a power cut a checkpoint with a name is a whole one.
+    for path in (*aside.iterdir(), aside):
+        sync(path)
 
 
 def load_progress(path: Path, vocab: int, n_skills: int) -> siri.Progress:
@@ -181,7 +203,7 @@ def load_checkpoint(learner: siri.Learner, path: Path) -> None:
     moment = "state1" if learner.cfg.four_bit else "exp_avg"
     if any(moment not in tensors for tensors in state.values()):        # 8-bit moments for 32-bit Adam, or the reverse
         state.clear()
-        tqdm.write("     the optimizer is another one with --4bit than without: its moments begin anew")
+        say("     the optimizer is another one with --4bit than without: its moments begin anew")
     learner.optimizer.load_state_dict({"state": dict(state), "param_groups": learner.optimizer.state_dict()["param_groups"]})
 
 
@@ -198,18 +220,24 @@ def take_back(folder: Path, learner: siri.Learner) -> None:
 # ---- 3. The loop: events in, files and lines out ---------------------------------------------------------------------
 
 class Stop:
-    """Signals: the first lets the iteration end and be saved. A second stops at once, and costs this iteration."""
+    """Signals: the first lets the iteration end and be saved. A second stops at once, and costs this iteration. (In a
+    thread none is heard: Python gives them to the main one.)"""
     asked = False
 
     def __init__(self) -> None:
-        for which in SIGNALS:
+        for which in SIGNALS if in_main_thread() else ():
             signal.signal(which, self.ask)
 
     def ask(self, number: int, frame: Any) -> None:
         self.asked = True
         for which in SIGNALS:
             signal.signal(which, signal.default_int_handler)
-        tqdm.write("stopping after this iteration; once more stops now and repeats it on resuming", file=sys.stderr)
+        say("stopping after this iteration; once more stops now and repeats it on resuming", sys.stderr)
+
+
+def in_main_thread() -> bool:
+    """Whether signals can be handled here."""
+    return threading.current_thread() is threading.main_thread()
 
 
 def iterations_left(learner: siri.Learner) -> int:
@@ -217,13 +245,14 @@ def iterations_left(learner: siri.Learner) -> int:
     return sum(siri.phase_limit(learner.cfg, phase) for phase in range(learner.progress.phase, 3)) - learner.age
 
 
-def consume(learner: siri.Learner, folder: Path, stop: Stop) -> None:
+def consume(learner: siri.Learner, lock: Lock, stop: Stop) -> None:
     """Train to the end: show every event, write it to the folder, and save when the learner is whole. Raises Stopped
-    once a signal came, and UserError as `siri.train` and `record_iteration`."""
-    p, cfg = learner.progress, learner.cfg
+    once a signal came, UserError as `siri.train`, `record_iteration` and `Lock.check`, and OSError for a full disk."""
+    p, cfg, folder = learner.progress, learner.cfg, lock.folder
     with tqdm(total=p.iteration + iterations_left(learner), initial=p.iteration, desc=PHASES[p.phase], unit="it",
               dynamic_ncols=True) as bar:
         for event in siri.train(learner):
+            lock.check()
             if isinstance(event, siri.Evaluation):
                 record_evaluation(folder, learner, event)
                 continue
@@ -233,7 +262,7 @@ def consume(learner: siri.Learner, folder: Path, stop: Stop) -> None:
             if isinstance(event, siri.Milestone) or p.iteration % cfg.save_every == 0 or stop.asked:
                 save_checkpoint(folder, learner)
             if isinstance(event, siri.Milestone) and event.reason:
-                tqdm.write(f"{PHASES[p.phase]} ends after {learner.age} iterations: {event.reason}")
+                say(f"{PHASES[p.phase]} ends after {learner.age} iterations: {event.reason}")
             elif stop.asked and not p.finished:
                 raise Stopped(f"stopped before iteration {p.iteration}; go on with: python siri.py --resume {folder}")
             bar.total = bar.n + iterations_left(learner) * (not p.finished)
@@ -250,7 +279,7 @@ def record_iteration(folder: Path, learner: siri.Learner, it: siri.Iteration, ba
     lines += [f"     {skill.state}: {skill.text}  ({metrics.utility(skill, kappa)})" for skill in it.judged]
     lines += [f"     warning: {text}" for text in metrics.warnings_of(row, learner.cfg)]
     for line in [*lines, metrics.dense_line(row)]:
-        tqdm.write(line)
+        say(line)
     bar.set_description(PHASES[it.phase], refresh=False)
     bar.set_postfix(plain=f"{row['success_plain']:.2f}", skill=f"{row['success_skill']:.2f}",
                     tok_s=f"{row['rollout_tokens_per_s']:.0f}", refresh=False)
@@ -265,7 +294,7 @@ def record_evaluation(folder: Path, learner: siri.Learner, played: siri.Evaluati
     p, result = learner.progress, metrics.summarise(learner.env, learner.cfg, played)
     add_result(folder, result | dict(checkpoint=f"iteration {p.iteration}", iteration=p.iteration, env_steps=p.env_steps))
     for line in (*metrics.lost_games(played), metrics.result_line(result)):
-        tqdm.write(line)
+        say(line)
 
 
 # ---- 4. Command line ---------------------------------------------------------------------------------------------------
@@ -330,78 +359,97 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, 
     return chosen, given
 
 
-def lock(folder: Path) -> Any:
-    """Keep the folder for this process until it ends; the lock goes with the process, however that ends. UserError if
+class Lock:
+    """A run folder, kept for this process until it ends; the lock goes with the process, however that ends. UserError if
     another process has it, or it can't be made."""
-    try:
-        handle = (folder / "lock").open("w")
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as e:
-        raise UserError(f"{folder} is in use by another process; wait for it, or give another --name") from e
-    except OSError as e:
-        raise UserError(f"{folder}: cannot be locked ({e.strerror}); run in a folder of your own") from e
-    return handle
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        refuse_links(folder)
+        try:
+            self.handle = open(os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644), "w")
+            fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            raise UserError(f"{folder} is in use by another process; wait for it, or give another --name") from e
+        except OSError as e:
+            raise UserError(f"{folder}: cannot be locked ({e.strerror}); run in a folder of your own") from e
+
+    def close(self) -> None:
+        """Give it back."""
+        self.handle.close()
+
+    def check(self) -> None:
+        """UserError if the folder is another one by now: removed, or begun again by another process."""
+        try:
+            same = os.path.samestat(os.fstat(self.handle.fileno()), os.lstat(self.folder / "lock"))
+        except OSError:
+            same = False
+        if not same:
+            raise UserError(f"{self.folder}: was removed or replaced while this run used it; nothing more is written there")
 
 
-def prepare_folder(cfg: Config, held: ExitStack) -> Path:
+def prepare_folder(cfg: Config, held: ExitStack) -> Lock:
     """Make the run folder, lock it for `held`, and find out now whether it can be written to and has room. UserError if it
     can't be used, holds a run or what is not of a run, or has too little room (0.05 GiB compact, else 3 GiB)."""
     folder = Path("runs") / cfg.name
-    if checkpoints(folder):
-        raise UserError(f"{folder} already holds a run: go on with --resume {folder}, or give another --name")
     strange = sorted(p.name for p in folder.glob("*") if p.name not in OWN)
     if strange:
         raise UserError(f"{folder}: holds other files ({', '.join(strange)[:100]}); give another --name")
-    if left := [name for name in ("metrics.csv", "results.json", "samples") if (folder / name).exists()]:
-        raise UserError(f"{folder}: holds {left[0]} of a run whose checkpoints are gone; move it away, or give another --name")
     need, free = 0.05 if cfg.compact else 3.0, shutil.disk_usage("runs" if Path("runs").is_dir() else ".").free / 2**30
     if free < need:
         raise UserError(f"{folder}: {free:.2f} GiB free, checkpoints need {need} GiB; make room")
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        lock = held.enter_context(closing(Lock(folder)))
+        if checkpoints(folder):
+            raise UserError(f"{folder} already holds a run: go on with --resume {folder}, or give another --name")
+        if left := [name for name in ("metrics.csv", "results.json", "samples") if (folder / name).exists()]:
+            raise UserError(f"{folder}: holds {left[0]} of a run whose checkpoints are gone; move it away, or give another --name")
         (folder / "checkpoints").mkdir(exist_ok=True)
-        held.enter_context(lock(folder))
         write_json(folder / "config.json", dataclasses.asdict(cfg))
     except OSError as e:
         raise UserError(f"{folder}: cannot be written ({e.strerror}); run in a folder of your own") from e
-    return folder
+    return lock
 
 
-def train_run(cfg: Config, folder: Path, reason: str, checkpoint: Path | None) -> None:
+def train_run(cfg: Config, lock: Lock, reason: str, checkpoint: Path | None) -> None:
     """Train in a folder that is locked, from the beginning or from a checkpoint. Raises Stopped and UserError."""
-    env = make_environment(cfg)
-    print(env.notice)
-    print(f"preset {cfg.preset} ({reason}); model {cfg.model}, {'4-bit, ' if cfg.four_bit else ''}LoRA r {cfg.lora_r}; "
-          f"{cfg.prompt_style} prompts; variant {cfg.variant}; seed {cfg.seed}; folder {folder}", flush=True)
+    folder, env = lock.folder, make_environment(cfg)
+    say(env.notice)
+    say(f"preset {cfg.preset} ({reason}); model {cfg.model}, {'4-bit, ' if cfg.four_bit else ''}LoRA r {cfg.lora_r}; "
+                f"{cfg.prompt_style} prompts; variant {cfg.variant}; seed {cfg.seed}; folder {folder}")
     policy = Policy(cfg, checkpoint)
-    print(f"memory: batches of {policy.gen_tokens} tokens to generate, {policy.update_tokens} to update", flush=True)
+    cfg.gen_tokens, cfg.update_tokens = policy.gen_tokens, policy.update_tokens         # resumed with the same batches
+    say(f"memory: batches of {policy.gen_tokens} tokens to generate, {policy.update_tokens} to update")
     learner = siri.Learner.begin(cfg, env, policy)
     if checkpoint:
         load_checkpoint(learner, checkpoint)
         take_back(folder, learner)
-        write_json(folder / "config.json", dataclasses.asdict(cfg))
-    else:
+    write_json(folder / "config.json", dataclasses.asdict(cfg))
+    if not checkpoint:
         save_checkpoint(folder, learner)            # before the first evaluation, which takes hours on a large model
     try:
-        consume(learner, folder, Stop())
+        consume(learner, lock, Stop())
     except UserError as e:
         raise UserError(f"{e}; then go on with --resume {folder}") from e
+    except OSError as e:
+        raise UserError(f"{e.filename or folder}: {e.strerror or e}; make room there; then go on with --resume {folder}") from e
     except KeyboardInterrupt:
         raise Stopped(f"stopped at once; go on with: python siri.py --resume {folder}") from None
-    print(metrics.results_block(folder, load_results(folder)))
+    say(metrics.results_block(folder, load_results(folder)))
 
 
 def evaluate_run(cfg: Config, folder: Path, checkpoint: Path, with_skills: bool) -> None:
     """`--eval`: play the panel with a checkpoint, with the plain prompt or with the run's bank."""
     env = make_environment(cfg)
-    print(env.notice)
+    say(env.notice)
     bank, label = (load_bank(checkpoint), "eval with skills") if with_skills else (None, "eval")
     policy = Policy(dataclasses.replace(cfg, update_tokens=1), checkpoint)      # nothing is trained: no probe of it
     played = siri.evaluate(policy, env, siri.panel_tasks(cfg, env), cfg, label, bank)
     result = metrics.summarise(env, cfg, played)
     add_result(folder, result | dict(checkpoint=checkpoint.name, iteration=int(checkpoint.name.split("-")[0])))
     for line in (*metrics.lost_games(played), metrics.result_line(result), *metrics.kind_lines(result)):
-        print(line)
+        say(line)
 
 
 def act(chosen: argparse.Namespace, given: dict[str, Any], held: ExitStack) -> None:
@@ -411,15 +459,17 @@ def act(chosen: argparse.Namespace, given: dict[str, Any], held: ExitStack) -> N
             return command(getattr(chosen, name), given)
     if chosen.eval is not None or chosen.resume is not None:
         folder = Path(chosen.resume if chosen.eval is None else chosen.eval)
+        if not checkpoints(folder):
+            raise UserError(f"{folder}: holds no checkpoint; give a run folder such as runs/NAME")
+        lock = held.enter_context(closing(Lock(folder)))            # before anything is read, which another process may change
         checkpoint = latest_checkpoint(folder)
-        held.enter_context(lock(folder))
         cfg = load_config(folder, given)
         if (folder / "results.json").exists():
             load_results(folder)                        # now, and not when the next evaluation has been played
         if chosen.eval is not None:
             evaluate_run(cfg, folder, checkpoint, chosen.with_skills)
         else:
-            train_run(cfg, folder, "saved with the run", checkpoint)
+            train_run(cfg, lock, "saved with the run", checkpoint)
     else:
         cfg, reason = resolve(given)
         cfg.name = cfg.name or f"{cfg.env}-{cfg.preset}-{cfg.variant}-seed{cfg.seed}"
@@ -427,8 +477,9 @@ def act(chosen: argparse.Namespace, given: dict[str, Any], held: ExitStack) -> N
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Returns the exit status: 0; 2 after a UserError, on one line of standard error; 130 when stopped."""
-    before = {which: signal.getsignal(which) for which in SIGNALS}
+    """The command line. Returns the exit status: 0; 2 after a UserError or an OSError, on one line of standard error; 130 when
+    stopped."""
+    before = {which: signal.getsignal(which) for which in SIGNALS} if in_main_thread() else {}
     if argv is None and isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")       # as standard error: no text ends a run by being unprintable
     try:
@@ -440,14 +491,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     # Anything else that is raised is a fault of this program, and shows where it is.
     except UserError as e:
-        print(f"siri: {' '.join(str(e).split())}", file=sys.stderr)         # one line, whatever it quotes
-        return 2
+        return last_words(e, 2)
+    except OSError as e:                                        # a full disk, a closed pipe: the machine's, and no fault here
+        return last_words(f"{e.filename or 'output'}: {e.strerror or e}", 2)
     except Stopped as e:
-        print(f"siri: {e}", file=sys.stderr)
-        return 130
+        return last_words(e, 130)
     except KeyboardInterrupt:
-        print("siri: stopped at once", file=sys.stderr)
-        return 130
+        return last_words("stopped at once", 130)
     finally:
-        for which, handler in before.items():                   # a process that ends has nothing left to stop
-            signal.signal(which, signal.SIG_IGN if argv is None else handler)
+        ends = argv is None and "IPython" not in sys.modules    # a process that ends has nothing left to stop
+        for which, handler in before.items():
+            signal.signal(which, signal.SIG_IGN if ends else handler)
+
+
+def last_words(text: object, status: int) -> int:
+    """Say on one line, whatever it quotes, why it ends; returns the exit status."""
+    with contextlib.suppress(OSError, ValueError):              # nobody may be listening
+        say(f"siri: {' '.join(str(text).split())}", sys.stderr)
+    return status

@@ -30,6 +30,7 @@ if __name__ == "__main__":
     sys.exit(run.main())
 
 import dataclasses
+import datetime
 import hashlib
 import math
 import time
@@ -64,6 +65,14 @@ def setting(default: Any, meaning: str, form: skills.Form | None = None, *, choi
     form = skills.choice(choices) if choices else form or {
         bool: skills.FLAG, str: skills.TEXT, int: skills.count(1), float: skills.number(above=0)}[type(default)]
     return field(default=default, metadata=dict(meaning=meaning, form=form, section=section))
+
+
+def is_day(text: Any) -> bool:
+    """Whether this is an ISO date, or empty."""
+    try:
+        return text == "" or bool(datetime.date.fromisoformat(text))
+    except (TypeError, ValueError):
+        return False
 
 
 SPLITS = {"alfworld": ("train", "valid_seen", "valid_unseen"), "webshop": ("train", "validation", "test")}
@@ -105,6 +114,8 @@ class Config:
     lora_alpha: int = setting(128, "LoRA scale is alpha / r [O]")
     max_prompt: int = setting(2048, "prompt tokens, WebShop 4096; longer ones lose history first, never the skill [R]")
     max_response: int = setting(512, "sampled tokens per step [R]")
+    date: str = setting("", "the day that a chat template takes for today, as 2026-01-31; default the day on which a run began",
+                        skills.Form(is_day, "a day, as 2026-01-31"))
     temperature: float = setting(1.0, "sampling temperature while training [R]")
     eval_temperature: float = setting(0.4, "sampling temperature while evaluating, 0 is greedy [R]", number(0))
     memory_gib: float = setting(22.0, "device memory that may be taken; CUDA only")
@@ -245,7 +256,7 @@ def rollout(policy: Policy, env: envs.Environment, plan: Plan, temperature: floa
                 responses = policy.generate([e.prompt for _, e in live], temperature, policy.cfg.max_response)
                 for (g, e), response in zip(live, responses):
                     # What can't be parsed is sent as "", which no world admits: it costs a step, and c of G6 [O].
-                    text = policy.decode(response)
+                    text = policy.answer(response)
                     action = envs.parse_action(text) or ""
                     if (after := games.step(g, e.state, action)) is None:
                         continue
@@ -620,7 +631,7 @@ def mine(learner: Learner) -> list[skills.Skill]:
                                                   max_words=cfg.skill_words))[-4 * cfg.max_prompt:] for w in wins]
     for win, ids in zip(wins, policy.generate(prompts, cfg.temperature, max(cfg.max_response // 2, 24))):
         try:
-            condition, strategy = skills.parse_skill(policy.decode(ids), max_words=cfg.skill_words)
+            condition, strategy = skills.parse_skill(policy.answer(ids), max_words=cfg.skill_words)
             accepted.append(bank.add(condition, strategy, p.iteration, win["task"]))
         except skills.SkillRejected as e:
             bank.reject(e.reason)

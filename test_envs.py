@@ -701,6 +701,13 @@ def test_analyses(text):
     assert envs.search_terms(text) == ANALYSES[text]
 
 
+def test_symbols_are_words_whatever_the_release_of_regex():
+    """Lucene's Unicode knows these as pictures; newer ones don't."""
+    words, others = "\u2605\u266c\u261b\u261a\u266b\u265a\u2661\u261e\u2765\u2767", "\u273f\u27a4\u25cf\u2606\u2014\uff1a"
+    for text in (" ".join(words + others), words + others, f"red {words[0]}lamp{others}"):
+        assert [c for c in text if c in words] == [t for t in envs.search_terms(text) if t not in ("red", "lamp")]
+
+
 def test_stop_words():
     """Lucene's 33; their like are terms."""
     stop = "a an and are as at be but by for if in into is it no not of on or such that the their then there these they"
@@ -975,9 +982,27 @@ def test_mode_text_rich_keeps_the_blank_before_a_feature():
     assert [line for line in lines if line.startswith(" ")] == [f" {b}" for b in SHOP.products[LAMP].bullets]
 
 
+@pytest.mark.parametrize("query, clicked", [
+    ('{}<b>&amp;"red"', ["red"]), ('"Red" lamp', ["red"]), ('"dark blue" lamp', []), ("red lamp", []), ('"large""red"', ["large", "red"])])
+def test_mode_text_rich_marks_an_option_that_stands_in_quotes_in_the_query(query, clicked):
+    """The original looks for it in quotes in the page's address, in which blanks of the query are plus signs."""
+    rich = visit(RED, observation="text_rich")
+    product = SHOP.products[LAMP]
+    page = rich._state(envs.Page("item", query.lower(), asin=LAMP))
+    assert [line[17:-1] for line in page.observation.split("\n") if line.startswith("You have clicked ")] == clicked
+    assert all((f"[clicked button] {value} [" in page.observation) == (value in clicked)
+               for values in product.options.values() for value in values)
+
+
+def test_mode_text_rich_keeps_the_blanks_of_the_page_after_a_purchase():
+    page = walk(visit(RED, observation="text_rich"), *TO_LAMP, "click[buy now]").observation
+    assert "\nYour code: \nNone\n (Paste it in your MTurk interface.)\n" in page
+    assert "\nGoal \nNone\nReward\n" in page and "\nReward Details \nNone\n" in page
+
+
 def test_mode_text_rich_marks_buttons_opened_products_and_chosen_options():
     rich = visit(RED, observation="text_rich")
-    assert rich.start.observation == f"WebShop\nInstruction:\n{RED.text}\n[button] Search [button_]\n"
+    assert rich.start.observation == f"WebShop\nInstruction: \n{RED.text}\n[button] Search [button_]\n"
     head = f"Instruction:\n{RED.text}\n[button] Back to Search [button_]\n"
     page = head + "Page 1 (Total results: 1)\n[button] Next > [button_]\n\n"
     tail = "\nRed Desk Lamp with Shade\n$12.99\n"

@@ -53,7 +53,7 @@ from conftest import (
     write_shop,
 )
 from policy import Policy, UserError
-from run import append_metrics, load_checkpoint, lock, main, parse_arguments, save_checkpoint
+from run import Lock, append_metrics, load_checkpoint, main, parse_arguments, save_checkpoint
 from skills import Skill, SkillBank, SkillRejected
 from tools.files import checkpoints, damage, file_hash, latest_checkpoint, write_json
 from tools.metrics import wilson
@@ -505,7 +505,7 @@ def test_the_moments_of_another_optimizer_begin_anew(copied_run, capsys):
 
 
 def test_one_process_at_a_time_uses_a_run_folder(copied_run, capsys):
-    held = lock(copied_run)
+    held = Lock(copied_run)
     for action in ("--resume", "--eval"):
         assert "runs/x is in use by another process" in refusal(capsys, action, str(copied_run))
     held.close()
@@ -536,9 +536,9 @@ def test_a_signal_lets_the_iteration_end_and_a_second_one_does_not(tmp_path):
     done = len(metrics(tmp_path))
     last = (tmp_path / "err.txt").read_text().splitlines()[-1]
     assert last == f"siri: stopped before iteration {done}; go on with: python siri.py --resume runs/x"
-    assert latest_checkpoint(tmp_path / "runs/x").name == f"{done:05d}-1" and 2 <= done < 50
+    assert latest_checkpoint(tmp_path / "runs/x").name == f"{done:05d}-0" and 2 <= done < 50
     process = start(tmp_path, "--resume", "runs/x", "--groups", "16")      # both signals must find one iteration running
-    wait_for(lambda: checkpoints(tmp_path / "runs/x")[0].name > f"{done:05d}-1", process)
+    wait_for(lambda: checkpoints(tmp_path / "runs/x")[0].name > f"{done:05d}-0", process)
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)
     wait_for(lambda: "stopping after this iteration" in (tmp_path / "err.txt").read_text(), process)
@@ -592,7 +592,7 @@ def test_a_run_can_be_resumed_from_its_first_second(tmp_path, monkeypatch, capsy
         patch.setattr(siri, "evaluate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         assert main(f"{SMALL} --env-steps 1 --panel 2 --groups 1".split()) == 130
     assert "stopped at once; go on with: python siri.py --resume runs/x" in capsys.readouterr().err
-    assert latest_checkpoint(Path("runs/x")).name == "00000-0"
+    assert latest_checkpoint(Path("runs/x")).name == "00000"
     assert main(["--resume", "runs/x"]) == 0
     assert [r["label"] for r in json.loads(Path("runs/x/results.json").read_text())] == ["base", "final"]
 
@@ -617,9 +617,9 @@ def test_what_has_been_evaluated_is_not_evaluated_again(tmp_path, monkeypatch, c
 
 
 def test_checkpoints_are_in_the_order_of_their_numbers(tmp_path):
-    for name in ("00009-9", "00009-10", "00010-2", "100000-0", "writing", "00011-1.bak", "00012"):
+    for name in ("00009-9", "00009-10", "00010-2", "100000-0", "00009", "writing", "00011-1.bak", "12x"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
-    assert [path.name for path in checkpoints(tmp_path)] == ["100000-0", "00010-2", "00009-10", "00009-9"]
+    assert [path.name for path in checkpoints(tmp_path)] == ["100000-0", "00010-2", "00009-10", "00009-9", "00009"]
 
 
 def test_a_sound_checkpoint_is_not_taken_away_before_another_is_there(copied_run, monkeypatch):
@@ -628,7 +628,7 @@ def test_a_sound_checkpoint_is_not_taken_away_before_another_is_there(copied_run
     newest = latest_checkpoint(copied_run)
     learner = siri.Learner.begin(cfg, make_environment(cfg), Policy(cfg, newest))
     load_checkpoint(learner, newest)
-    assert newest.name == f"00006-{learner.progress.milestones}" and learner.progress.finished
+    assert newest.name == "00006-3" and learner.progress.finished
     gone = []
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", lambda path, **_: gone.append(Path(path).name))

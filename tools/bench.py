@@ -50,7 +50,7 @@ import torch
 import envs
 import gigpo
 import siri
-from policy import Policy, UserError, make_optimizer, peak_gib
+from policy import TAGS, Policy, UserError, make_optimizer, peak_gib
 from tools.files import write_json
 from tools.oracle import oracle_walkthrough
 from tools.settings import make_environment, resolve
@@ -757,6 +757,7 @@ def random_model(folder: Path, sizes: dict[str, int], device: str) -> None:
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(sizes["vocab_size"] - 100)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    tokenizer.add_tokens(list(TAGS))
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)

@@ -13,12 +13,9 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from tools.terminal import printable
+
 # ---- 1. Text and tables --------------------------------------------------------------------------------------
-
-
-def printable(text: Any) -> str:
-    """Text with U+FFFD for what can't be printed: terminal codes, bidirectional overrides, half a surrogate pair."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in str(text))
 
 
 def esc(text: Any) -> str:

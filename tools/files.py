@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import re
+import stat
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,15 +15,22 @@ from typing import Any
 import skills
 from policy import UserError
 from skills import FLAG, NUMBER, TEXT, Form, Optional, count, misfit
+from tools.terminal import say
 
 
 def write_text(path: Path, text: str) -> None:
     """Write aside, then rename: a reader never sees half a file. UTF-8. OSError where the folder can't be written
     to."""
     aside = path.with_name(path.name + ".tmp")
-    aside.write_text(text, encoding="utf-8", errors="replace")
-    sync(aside)
-    os.replace(aside, path)
+    aside.unlink(missing_ok=True)
+    try:
+        with aside.open("x", encoding="utf-8", errors="replace") as f:      # a new file: not one that a link leads to
+            f.write(text)
+        sync(aside)
+        os.replace(aside, path)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -73,6 +82,15 @@ def load_results(folder: Path) -> list[dict[str, Any]]:
     return results
 
 
+def refuse_links(folder: Path) -> None:
+    """UserError if something of a run's folder is a link, a pipe or a device: files of a run are its own, and nothing outside the
+    folder is read or written through them."""
+    inside = map(folder.glob, ("samples/*", "checkpoints/*", "checkpoints/*/*"))
+    for path in itertools.chain((folder / name for name in OWN), *inside):
+        if os.path.lexists(path) and not (stat.S_ISREG(mode := path.lstat().st_mode) or stat.S_ISDIR(mode)):
+            raise UserError(f"{path}: is a link or a device, and no file of a run; move it away")
+
+
 def load_bank(path: Path) -> skills.SkillBank:
     """The bank in a checkpoint or run folder. UserError naming what is malformed in skills.json."""
     try:
@@ -82,8 +100,8 @@ def load_bank(path: Path) -> skills.SkillBank:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a run, newest first: by iterations, then by milestones."""
-    found = [path for path in folder.glob("checkpoints/*") if re.fullmatch(r"\d+-\d+", path.name, re.ASCII)]
+    """The checkpoints of a run, newest first: by iterations, then by ended phases."""
+    found = [path for path in folder.glob("checkpoints/*") if re.fullmatch(r"\d+(-\d+)?", path.name, re.ASCII)]
     return sorted(found, key=lambda path: [*map(int, path.name.split("-"))], reverse=True)
 
 
@@ -91,7 +109,7 @@ def damage(checkpoint: Path) -> str:
     """What is wrong with a checkpoint's files; empty if they are as they were written."""
     try:
         manifest = json.loads((checkpoint / "manifest.json").read_bytes())
-        wrong = [name for name, digest in manifest.items() if file_hash(checkpoint / name) != digest]
+        wrong = [name for name, digest in manifest.items() if Path(name).name != name or file_hash(checkpoint / name) != digest]
     except (OSError, ValueError, AttributeError, TypeError, RecursionError) as e:
         return f"manifest.json, or a file that it names: {type(e).__name__}: {e}"
     wrong += sorted(FILES - set(manifest))
@@ -100,9 +118,10 @@ def damage(checkpoint: Path) -> str:
 
 def latest_checkpoint(folder: Path) -> Path:
     """The newest sound checkpoint of a run. Says so if that is not the newest. UserError if there is none."""
+    refuse_links(folder)
     found = checkpoints(folder)
     for path in found:
         if not (problem := damage(path)):
             return path
-        print(f"siri: {path} cannot be used ({problem}); trying the one before", file=sys.stderr)
+        say(f"siri: {path} cannot be used ({problem}); trying the one before", sys.stderr)
     raise UserError(f"{folder}: holds no {'sound ' if found else ''}checkpoint; give a run folder such as runs/NAME")

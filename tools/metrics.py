@@ -37,7 +37,7 @@ def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
         return 0.0, 1.0
     p, d = successes / n, 1 + z * z / n
     centre, half = (p + z * z / (2 * n)) / d, z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / d
-    return max(0.0, centre - half), min(1.0, centre + half)         # rounding may leave -1e-17
+    return centre - half, centre + half
 
 
 def mean_se(values: Iterable[float]) -> tuple[float, float]:
@@ -98,6 +98,11 @@ def sample(learner: siri.Learner, it: siri.Iteration) -> tuple[str, dict[str, An
                                   episodes=episodes)
 
 
+# What decides an evaluation beside the adapter and the panel.
+EVALUATED = ("model", "four_bit", "seed", "compact", "max_steps", "prompt_style", "history", "max_prompt", "max_response",
+             "alfworld_data", "webshop_data", "webshop_size", "webshop_goals", "webshop_split", "webshop_tagger", "observation")
+
+
 def summarise(env: envs.Environment, cfg: Config, played: siri.Evaluation) -> dict[str, Any]:
     """An evaluation as an entry of results.json: rates with n and their 95% Wilson interval, overall and by task type."""
     def rates(part: list[siri.Episode]) -> dict[str, Any]:
@@ -113,6 +118,7 @@ def summarise(env: envs.Environment, cfg: Config, played: siri.Evaluation) -> di
     n, split = len(played.episodes) + len(played.failures), played.episodes[0].task.split
     return dict(label=played.label, notice=env.notice, versions={p: version(p) for p in ("torch", "transformers", "peft")},
                 panel=f"{env.name} {split}, {n} games", skills=played.with_skills, temperature=cfg.eval_temperature,
+                settings={name: getattr(cfg, name) for name in EVALUATED},
                 seconds=played.seconds, failures=len(played.failures), **rates(played.episodes),
                 kinds={k: rates(v) for k, v in sorted(kinds.items())}, outcomes={e.task.id: e.success for e in played.episodes})
 
@@ -150,7 +156,7 @@ def dense_line(r: dict[str, Any]) -> str:
 def result_line(r: dict[str, Any], width: int = 20) -> str:
     """An evaluation on one line: success with its 95% Wilson interval, score ± standard error if there is one, n,
     actions per episode, share of invalid steps."""
-    lo, hi = r["interval"]
+    lo, hi = (max(0.0, bound) for bound in r["interval"])           # rounding may have left -1e-17
     score = f"score {r['score']:.3f}±{r['score_se']:.3f}  " if "score" in r else ""
     return (f"{r['label']:<{width}} success {r['success']:.3f} [{lo:.3f}, {hi:.3f}]  {score}n {r['n']}  "
             f"steps {r['mean_steps']:.1f}  invalid {r['invalid_rate']:.3f}")

@@ -20,19 +20,14 @@ import numpy as np
 import envs
 import siri
 from policy import Policy, UserError
-from tools.figures import printable
 from tools.files import latest_checkpoint
 from tools.settings import load_config, make_environment, resolve
+from tools.terminal import say
 
 HELP = """Type a command, or its number. Besides:
   ?  the exact prompt that the policy would see now        n  a new game
   h  what the policy would do now: its thought and action   q  quit
   w  watch: the policy plays on to the end"""
-
-
-def show(text: str) -> None:
-    """Print text, its control characters replaced (`printable`)."""
-    print(printable(text), flush=True)
 
 
 def ask() -> str:
@@ -42,7 +37,7 @@ def ask() -> str:
     except EOFError:
         line = "q"
     if not sys.stdin.isatty():
-        show(line)                                  # a transcript of piped commands has both sides
+        say(line)                                  # a transcript of piped commands has both sides
     return line
 
 
@@ -51,10 +46,10 @@ def meaning(line: str, state: envs.State) -> str:
     numbered = {str(k): action for k, action in enumerate(state.admissible, 1)}
     action = numbered.get(line, " ".join(line.lower().split()))      # words as `envs.parse_action` takes the policy's
     if line.isdecimal() and line not in numbered:
-        show(f"there is no command {line[:20]}: 1 to {len(numbered)}")
+        say(f"there is no command {line[:20]}: 1 to {len(numbered)}")
         return ""
     if "<your query>" in action:
-        show("write it out, with words of your own: search[red shoes]")
+        say("write it out, with words of your own: search[red shoes]")
         return ""
     return action
 
@@ -73,37 +68,37 @@ def play(env: envs.Environment, task: envs.Task, cfg: siri.Config, policy: Calla
         return siri.fit_prompt(policy(), episode, None)
 
     def response() -> str:
-        return policy().decode(policy().generate([prompt()], cfg.eval_temperature, cfg.max_response)[0])
+        return policy().answer(policy().generate([prompt()], cfg.eval_temperature, cfg.max_response)[0])
 
     try:
-        show(f"\n=== {task.id}\n=== {task.goal}")
+        say(f"\n=== {task.id}\n=== {task.goal}")
         while not (state := episode.state).done:
-            show(f"\n[{state.steps} of {env.max_steps}] {state.observation}")
+            say(f"\n[{state.steps} of {env.max_steps}] {state.observation}")
             if not state.valid:
-                show("(that was not a command that can be done here)")
+                say("(that was not a command that can be done here)")
             action = ""
             if not watching:
-                show("\n".join(f"{k:3d} {a}" for k, a in enumerate(state.admissible, 1)))
+                say("\n".join(f"{k:3d} {a}" for k, a in enumerate(state.admissible, 1)))
             while not action and not watching:
                 line = ask()
                 if line in ("n", "q"):
                     return line == "n"
                 elif line == "?":
-                    show(policy().tokenizer.decode(prompt()))
+                    say(policy().tokenizer.decode(prompt()))
                 elif line == "h":
-                    show(f"the policy: {response()}")
+                    say(f"the policy: {response()}")
                 elif line == "w":
                     watching = True
                 elif line:
                     action = meaning(line, state)
             if watching:
                 text = response()
-                show(f"the policy: {text}")
+                say(f"the policy: {text}")
                 action = envs.parse_action(text) or ""
             episode.steps.append(siri.Step([], [], "", action, state.observation, state.anchor, None))
             episode.state = game.step(state, action)
         score = f", score {state.score:.2f}" if env.scored else ""
-        show(f"\n{state.observation}\n=== {'success' if state.success else 'not solved'}{score}, {state.steps} steps")
+        say(f"\n{state.observation}\n=== {'success' if state.success else 'not solved'}{score}, {state.steps} steps")
     finally:
         game.close()
     return True
@@ -117,9 +112,9 @@ def command(run: str, given: dict[str, Any]) -> None:
     env = make_environment(cfg)
     policy = cache(lambda: Policy(dataclasses.replace(cfg, update_tokens=1), checkpoint))      # no probe of training
     tasks = siri.panel_tasks(cfg, env)
-    show(f"{env.notice}\npolicy: {checkpoint or cfg.model}\n{HELP}")
+    say(f"{env.notice}\npolicy: {checkpoint or cfg.model}\n{HELP}")
     order = np.random.default_rng(cfg.seed).permutation(len(tasks))
     for k in itertools.cycle(order):
         if not play(env, tasks[int(k)], cfg, policy):
             return
-        show("")
+        say("")

@@ -23,8 +23,9 @@ from policy import UserError
 from siri import PHASES, Config
 from skills import ANYTHING, COUNT, FLAG, NUMBER, TEXT, Form, misfit
 from tools.figures import STYLE, Series, chart, esc, finite, folded, number, table
-from tools.files import RESULTS, load_bank, read_json, write_text
+from tools.files import RESULTS, load_bank, read_json, refuse_links, write_text
 from tools.metrics import wilson
+from tools.terminal import say
 
 FLOAT = Form(lambda x: type(x) is float or NUMBER.holds(x), "a number")        # nan where there was nothing to average
 STEP = dict(observation=TEXT, text=TEXT, pieces=[TEXT], weights=[FLOAT], reward=FLOAT, advantage=FLOAT, valid=FLAG)
@@ -349,6 +350,7 @@ def page(folder: Path) -> str:
 def write(folder: Path) -> Path:
     """Write the report of the run in `folder`, and return its path. UserError as `page`, and if it can't be written."""
     path = folder / "report.html"
+    refuse_links(folder)
     text = page(folder).encode("ascii", "xmlcharrefreplace").decode()           # reads the same in every locale
     try:
         write_text(path, text)
@@ -359,4 +361,4 @@ def write(folder: Path) -> Path:
 
 def command(run: str, given: dict[str, Any]) -> None:
     """`--report`: write the page, and say where it is."""
-    print(write(Path(run)))
+    say(write(Path(run)))

@@ -7,6 +7,8 @@ Fields, meanings and bounds are declared in `siri.Config`. `python tools/setting
 from __future__ import annotations
 
 import dataclasses
+import datetime
+import os
 import re
 import sys
 from collections.abc import Iterable
@@ -20,7 +22,7 @@ import torch
 
 import envs
 import siri
-from policy import UserError, device_gib
+from policy import UserError, device_gib, free_memory
 from siri import SPLITS, Config
 from skills import misfit
 from tools.files import read_json
@@ -70,6 +72,7 @@ def resolve(given: dict[str, Any], saved: dict[str, Any] | None = None) -> tuple
     for name, problem in conflicts(cfg, given):
         value = getattr(cfg, name)
         raise UserError(f"--{flag(name)}{'' if isinstance(value, bool) else f' {value}'}: {problem}")
+    cfg.date = cfg.date or datetime.date.today().isoformat()
     if cfg.env == "webshop" and cfg.webshop_tagger == "auto":
         cfg.webshop_tagger = envs.find_tagger()
     return cfg, reason
@@ -130,6 +133,11 @@ def make_environment(cfg: Config) -> envs.Environment:
     data = cfg.webshop_data if cfg.env == "webshop" else cfg.alfworld_data
     shop = dict(size=cfg.webshop_size, goals=cfg.webshop_goals, split=cfg.webshop_split, observation=cfg.observation,
                 tagger=cfg.webshop_tagger) if cfg.env == "webshop" else {}
+    if data and cfg.env == "webshop" and cfg.webshop_size == "full":
+        size = sum(path.stat().st_size for path in Path(os.path.expanduser(data)).glob("items_*.json") if "_1000" not in path.name)
+        if 7 * size > (free := free_memory()):      # measured on catalogues of 5,000 and 20,000 products: 6 to 8 bytes a byte
+            raise UserError(f"--webshop-size full: {size / 2**30:.1f} GiB of files in {data} take about {7 * size / 2**30:.0f} GiB "
+                            f"of memory, and {free / 2**30:.1f} are free; use --webshop-size small")
     try:
         return envs.make(cfg.env, data=data, compact=cfg.compact, max_steps=cfg.max_steps, seed=cfg.seed, **shop)
     except (ValueError, ImportError, OSError) as e:
