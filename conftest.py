@@ -193,29 +193,51 @@ def policy():
     return awake(Policy(config()))
 
 
-@pytest.fixture(scope="module")
-def stranger_folder(tmp_path_factory):
-    """A model as others publish them: byte-level BPE, ChatML, untied head. Its vocabulary is padded with rows that
-    shout, and its generation_config asks for another distribution than the model's."""
+CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+
+
+def write_tokenizer(folder, template=CHATML, special=(), added=(), normalizer=None, **settings):
+    """A byte-level BPE tokenizer of 400 ids or so, as others publish them, with more special and other added tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
-    folder = tmp_path_factory.mktemp("stranger")
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     bpe.train_from_iterator(envs.PROMPTS.values(), trainers.BpeTrainer(
         vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"]))
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>", *special]))
+    bpe.add_tokens(list(added))
+    if normalizer:
+        bpe.normalizer = normalizer
+    folder.mkdir(parents=True, exist_ok=True)
     bpe.save(str(folder / "tokenizer.json"))
-    template = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-                "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-    (folder / "tokenizer_config.json").write_text(json.dumps({
-        "tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>",
-        "chat_template": template}))
-    torch.manual_seed(0)
-    model = Qwen2ForCausalLM(Qwen2Config(
-        vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, tie_word_embeddings=False, initializer_range=0.3, max_position_embeddings=4096))
-    model.lm_head.weight.data[bpe.get_vocab_size():] *= 100
+    settings = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>",
+                "chat_template": template} | settings
+    (folder / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in settings.items() if v is not None}))
+    return bpe.get_vocab_size()
+
+
+def write_model(folder, architecture="Qwen2", template=CHATML, seed=0, tokenizer=None, **changes):
+    """A random model of an architecture of transformers, 32 wide, and its tokenizer; returns the model."""
+    import transformers
+    write_tokenizer(folder, template, **tokenizer or {})
+    torch.manual_seed(seed)
+    sizes = dict(vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                 num_key_value_heads=2, max_position_embeddings=4096, initializer_range=0.3, bos_token_id=0, eos_token_id=2,
+                 pad_token_id=0)
+    kind = getattr(transformers, f"{architecture}ForCausalLM", None) or getattr(transformers, f"{architecture}LMHeadModel")
+    model = kind(getattr(transformers, f"{architecture}Config")(**sizes | changes))
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def stranger_folder(tmp_path_factory):
+    """A model as others publish them: byte-level BPE, ChatML, untied head. Its vocabulary is padded with rows that
+    shout, and its generation_config asks for another distribution than the model's."""
+    from transformers import GenerationConfig
+    folder = tmp_path_factory.mktemp("stranger")
+    model = write_model(folder, tie_word_embeddings=False)
+    model.lm_head.weight.data[write_tokenizer(folder):] *= 100
     model.save_pretrained(folder)
     GenerationConfig(eos_token_id=[2, 0], do_sample=True, top_k=5, top_p=0.5, temperature=0.3, repetition_penalty=3.0,
                      min_new_tokens=3, suppress_tokens=list(range(50, 200))).save_pretrained(folder)

@@ -44,6 +44,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import regex
 
+from tools.limits import within
+
 # ---- 1. The protocol ---------------------------------------------------------------------------------------
 
 # [R] What success pays in both benchmarks; all else pays 0, invalid actions too (their cost is c of G6, see `siri.Config`).
@@ -312,7 +314,8 @@ def _textworld() -> SimpleNamespace:
 
 @lru_cache(maxsize=8)
 def _parsed(text: str) -> Any:
-    return _textworld().logic.GameLogic("", text)
+    with within(TRANSLATION_S, "its grammar"):
+        return _textworld().logic.GameLogic("", text)
 
 
 def _grammar(text: str) -> tuple[Any, str]:
@@ -372,7 +375,8 @@ def _translate(domain: str, problem: str) -> _World:
     tw, argv, out = _textworld(), sys.argv, sys.stdout
     sys.stdout = io.StringIO()
     try:                                            # the translator rewrites sys.argv and prints
-        task, sas = tw.fd.pddl2sas(domain, problem)
+        with within(TRANSLATION_S, "its translation"):
+            task, sas = tw.fd.pddl2sas(domain, problem)
     except SystemExit as error:                     # how the translator reports bad PDDL
         raise ValueError(f"Fast Downward rejects its PDDL (exit {error.code})") from error
     finally:
@@ -682,6 +686,8 @@ class AlfWorld:
 
 def _glance(path: Path) -> tuple[bool, str]:
     """Whether a game file is marked solvable, and its goal, without parsing 100 kB of JSON."""
+    if not path.is_file() or path.stat().st_size > 1e6 * GAME_MB:            # a pipe would be waited for, for ever
+        raise ValueError(f"{path} is no file, or has more than {GAME_MB} MB; get it again with `alfworld-download`")
     text = path.read_bytes()
     mark = re.search(rb'"solvable":\s*(true|false)', text)
     goal = re.search(rb'Your task is to: ([^"\\]*?)\.?\\"', text)
@@ -689,6 +695,13 @@ def _glance(path: Path) -> tuple[bool, str]:
         raise ValueError(f"{path} is not an ALFWorld game (no {'goal' if mark else 'mark `solvable`'}); "
                          "get it again with `alfworld-download`")
     return mark[1] == b"true", goal[1].decode(errors="replace")
+
+
+def alfworld_data_variable() -> str:
+    """What $ALFWORLD_DATA names; empty where it is not set."""
+    found, cache = os.environ.get("ALFWORLD_DATA", ""), Path(os.path.expanduser("~/.cache/alfworld"))
+    # A program that imported alfworld by itself has the variable set to this cache, which says nothing while it is empty.
+    return "" if found and Path(found) == cache and not (cache / "json_2.1.1").is_dir() else found
 
 
 def make(name: str, *, data: str = "", compact: bool = False, max_steps: int = 50, seed: int = 0,
@@ -706,10 +719,7 @@ def make(name: str, *, data: str = "", compact: bool = False, max_steps: int = 5
     _textworld()
     if compact:
         return AlfWorld.household(seed, max_steps=max_steps)
-    found = data or os.environ.get("ALFWORLD_DATA", "")
-    # A program that imported alfworld by itself has the variable set to this cache, which says nothing while it is empty.
-    cache = Path(os.path.expanduser("~/.cache/alfworld"))
-    if not found or (not data and Path(found) == cache and not (cache / "json_2.1.1").is_dir()):
+    if not (found := data or alfworld_data_variable()):
         return AlfWorld.generated(seed, max_steps=max_steps)
     try:
         return AlfWorld.official(found, max_steps=max_steps)
@@ -719,6 +729,8 @@ def make(name: str, *, data: str = "", compact: bool = False, max_steps: int = 5
 
 # ---- 5. Generated games: what the wheel knows ---------------------------------------------------------------------------------
 
+TRANSLATION_S = 30                                              # seconds at most, of which a game takes half a one
+GAME_MB = 10                                                    # megabytes of a game's file at most; the largest has .2
 KIND_COUNTS = {"pick_and_place_simple": 790, "look_at_obj_in_light": 308, "pick_clean_then_place_in_recep": 650,
                "pick_heat_then_place_in_recep": 459, "pick_cool_then_place_in_recep": 533,
                "pick_two_obj_and_place": 813}                   # training games of each type in the original data
@@ -1296,7 +1308,9 @@ class Shop:
         for name, kind in zip(names, (list, dict, dict)):
             path = Path(folder) / name
             try:
-                loaded.append(json.loads(Path(os.path.expanduser(path)).read_bytes()))
+                if (file := Path(os.path.expanduser(path))).exists() and not file.is_file():
+                    raise OSError("is no file")
+                loaded.append(json.loads(file.read_bytes()))
             except (OSError, ValueError, RecursionError) as error:
                 raise ValueError(f"{path}: cannot be read as JSON ({error}); give the folder with WebShop's data files "
                                  "(--webshop-data), and --webshop-size small or full as they are") from error

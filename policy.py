@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import datetime
+import hashlib
 import json
 import logging
 import math
@@ -36,10 +37,12 @@ import torch
 from tqdm import tqdm
 
 import gigpo
+from tools.limits import within
 
 # Batches of any length leave no holes. Read by torch at the first look at the device, so here and not in `Policy`.
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 HERE = Path(__file__).resolve().parent
+TEMPLATE_S = 10                             # seconds at most for a turn through a chat template; it takes none
 TAGS = ("<think>", "</think>", "<action>", "</action>", "<skill>", "</skill>")      # that prompts and responses are written with
 END_TAGS = ("</action>", "</skill>")        # a response ends here
 PROBE = "-siri-probe-"                      # a turn of no meaning, to see what a chat template writes around it
@@ -60,6 +63,7 @@ class UserError(Exception):
 class Settings(Protocol):
     """What a policy reads of a configuration (`siri.Config` says what each means)."""
     model: str
+    base: str
     four_bit: bool
     lora_r: int
     lora_alpha: int
@@ -94,9 +98,9 @@ def load_tokenizer(source: str, how: dict[str, Any]) -> Any:
     return (PreTrainedTokenizerFast if custom else AutoTokenizer).from_pretrained(source, **how)
 
 
-def load_base(cfg: Settings, device: str) -> tuple[Any, Any]:
-    """The tokenizer and the frozen base model, in bf16 on a GPU (or NF4 with `four_bit`), in fp32 on a CPU. UserError for
-    a model that can't be loaded as it was saved: to the last weight, and not quantised by others."""
+def load_base(cfg: Settings, device: str) -> tuple[Any, Any, str]:
+    """The tokenizer, the frozen base model and its fingerprint; in bf16 on a GPU (or NF4 with `four_bit`), in fp32 on a
+    CPU. UserError for a model that can't be loaded as it was saved: to the last weight, and not quantised by others."""
     from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
     shipped = HERE / cfg.model                              # assets/tiny is found from any working directory
     source = str(shipped) if (shipped / "config.json").exists() else cfg.model
@@ -107,6 +111,10 @@ def load_base(cfg: Settings, device: str) -> tuple[Any, Any]:
     try:
         tokenizer, config = load_tokenizer(source, how), AutoConfig.from_pretrained(source, **how)
         refuse_too_large(cfg, source, config, device)
+        base = fingerprint(source, config)
+        if cfg.base not in ("", base):
+            raise UserError(f"--model {cfg.model}: is another base model ({base}) than the one that the adapter was trained on "
+                            f"({cfg.base}); give that one")
         quantised = getattr(config, "quantization_config", None)
         if quantised and device == "cpu":
             raise UserError(f"--model {cfg.model}: its weights are quantised already, which needs a CUDA device; give the model "
@@ -119,7 +127,7 @@ def load_base(cfg: Settings, device: str) -> tuple[Any, Any]:
                                    bnb_4bit_compute_dtype=torch.bfloat16) if cfg.four_bit and not quantised else None
         model, report = AutoModelForCausalLM.from_pretrained(
             source, config=config, dtype=torch.bfloat16 if device == "cuda" else torch.float32, use_safetensors=True,
-            device_map={"": device} if device == "cuda" else None, output_loading_info=True,
+            device_map={"": device} if device == "cuda" else None, output_loading_info=True, ignore_mismatched_sizes=True,
             **(dict(quantization_config=quant) if quant else {}), **how)
     except UserError:
         raise
@@ -133,9 +141,27 @@ def load_base(cfg: Settings, device: str) -> tuple[Any, Any]:
     merge_adapters(model)
     # peft's prepare_model_for_kbit_training would also turn the bf16 embeddings into fp32: 2.2 GiB more for a 7B model.
     if not cfg.compact:                         # a tiny policy is faster without
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable     # its older name
+        enable({"use_reentrant": False})
         model.enable_input_require_grads()
-    return tokenizer, model
+    return tokenizer, model, base
+
+
+def fingerprint(source: str, config: Any) -> str:
+    """What a base model is known by: its revision on the hub, or a hash of its folder's JSON files and, of its weights, of the
+    sizes and of 64 KiB at the beginning, in the middle and at the end."""
+    if not Path(source).is_dir():
+        return str(getattr(config, "_commit_hash", None) or "")
+    seen = hashlib.sha256()
+    kinds = (".json", ".safetensors", ".jinja", ".model")
+    for path in sorted(path for path in Path(source).iterdir() if path.suffix in kinds and path.is_file()):
+        size = path.stat().st_size
+        seen.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as f:
+            for at in (0, size // 2, max(0, size - 2**16)) if path.suffix == ".safetensors" else (0,):
+                f.seek(at)
+                seen.update(f.read(2**16 if path.suffix == ".safetensors" else -1))
+    return seen.hexdigest()[:16]
 
 
 def refuse_too_large(cfg: Settings, source: str, config: Any, device: str) -> None:
@@ -210,11 +236,13 @@ class Chat:
         today = datetime.date.fromisoformat(cfg.date) if cfg.date else datetime.date.today()
         tokenizer.chat_template = re.sub(r"strftime_now\s*\(\s*(['\"])(.*?)\1\s*\)", lambda m: repr(today.strftime(m[2])), template)
         try:
-            self.render("x")
+            with within(TEMPLATE_S, "a turn in its chat template"):
+                self.render("x")
         except Exception:                                       # some templates want a system turn, and most can do without
             self.before = [dict(role="system", content="You are a helpful assistant.")]
         try:
-            self.render("x")
+            with within(TEMPLATE_S, "a turn in its chat template"):
+                self.render("x")
         except Exception as e:
             raise UserError(f"--model {cfg.model}: its chat template takes no user turn ({one_line(e)}); use another model") from e
         added = tokenizer.added_tokens_decoder.items()
@@ -297,7 +325,7 @@ class Policy:
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")      # peft's to mend
         self.cfg: Any = cfg                     # may hold more than Settings, for those who made it
         self.device = "cuda" if torch.cuda.is_available() and not cfg.compact else "cpu"
-        self.tokenizer, base = load_base(cfg, self.device)
+        self.tokenizer, base, self.base = load_base(cfg, self.device)
         ends = base.generation_config.eos_token_id
         self.chat = Chat(self.tokenizer, cfg, set(ends if isinstance(ends, list) else [ends]))
         self.vocab = self.chat.vocab            # ids from here on are padding of the weight matrix, never sampled
@@ -504,7 +532,7 @@ class Policy:
             limit = free_memory() + psutil.Process().memory_info().rss
         else:
             total = torch.cuda.get_device_properties(0).total_memory
-            limit = min(cfg.memory_gib * 2**30, torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved())
+            limit = min(cfg.memory_gib * 2**30 or math.inf, torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved())
             torch.cuda.set_per_process_memory_fraction(limit / total)
 
         def update(rows: int) -> None:
@@ -540,8 +568,9 @@ class Policy:
         try:
             once = peak(rows)
         except torch.OutOfMemoryError as e:
-            raise UserError(f"--memory-gib {cfg.memory_gib}: {rows} rows of {cfg.max_prompt + cfg.max_response} tokens do not "
-                            f"fit; lower --max-prompt and --max-response{'' if cfg.four_bit else ', or add --4bit'}") from e
+            raise UserError(f"{usable / 2**30:.1f} GiB of device memory can be used: {rows} rows of "
+                            f"{cfg.max_prompt + cfg.max_response} tokens do not fit; lower --max-prompt and --max-response"
+                            f"{'' if cfg.four_bit else ', or add --4bit'}") from e
         try:
             twice = peak(2 * rows)
         except torch.OutOfMemoryError:

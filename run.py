@@ -45,7 +45,7 @@ try:
     from policy import Policy, UserError
     from siri import PHASES, Config
     from skills import FLAG, NUMBER, TEXT, Form, count, misfit
-    from tools import bench, metrics, play, report
+    from tools import bench, metrics, play, probe, report
     from tools.files import (
         OWN,
         checkpoints,
@@ -299,7 +299,7 @@ def record_evaluation(folder: Path, learner: siri.Learner, played: siri.Evaluati
 
 # ---- 4. Command line ---------------------------------------------------------------------------------------------------
 
-COMMANDS = {"report": report.command, "play": play.command, "bench": bench.command}
+COMMANDS = {"report": report.command, "play": play.command, "bench": bench.command, "probe": probe.command}
 ACTIONS = {     # without one: train
     "check": "can this machine install the requirements?",
     "resume": "go on with a run where it stopped",
@@ -307,6 +307,7 @@ ACTIONS = {     # without one: train
     "with_skills": "with --eval: use the bank (ablation)",
     "report": "write RUN/report.html: one page with all that happened",
     "play": "play in the terminal, or watch the policy of a run (default: the base policy)",
+    "probe": "will a --model do? minutes instead of days: its answers and skills, and how many are well formed",
     "bench": "measure speed and memory beside what people would use instead; writes bench.json"}
 
 
@@ -331,9 +332,13 @@ def make_parser() -> Parser:
     group = parser.add_argument_group("actions (without one: train)")
     for name, said in ACTIONS.items():
         how: dict[str, Any] = dict(metavar="PARTS" if name == "bench" else "RUN", default=None)
-        how |= dict(nargs="?", const="") if name in ("play", "bench") else {}
-        group.add_argument(f"--{flag(name)}", help=said, **dict(action="store_true", default=False)
-                           if name in ("check", "with_skills") else how)
+        if name in ("check", "with_skills"):
+            how = dict(action="store_true", default=False)
+        elif name == "probe":
+            how = dict(action="store_const", const="", default=None)
+        elif name in ("play", "bench"):
+            how |= dict(nargs="?", const="")
+        group.add_argument(f"--{flag(name)}", help=said, **how)
     for f in dataclasses.fields(Config):
         if f.metadata["section"]:
             group = parser.add_argument_group(f.metadata["section"])
@@ -419,7 +424,8 @@ def train_run(cfg: Config, lock: Lock, reason: str, checkpoint: Path | None) -> 
     say(f"preset {cfg.preset} ({reason}); model {cfg.model}, {'4-bit, ' if cfg.four_bit else ''}LoRA r {cfg.lora_r}; "
                 f"{cfg.prompt_style} prompts; variant {cfg.variant}; seed {cfg.seed}; folder {folder}")
     policy = Policy(cfg, checkpoint)
-    cfg.gen_tokens, cfg.update_tokens = policy.gen_tokens, policy.update_tokens         # resumed with the same batches
+    # What was found out at the start is kept: a run is resumed with the same batches, and on no other model.
+    cfg.gen_tokens, cfg.update_tokens, cfg.base = policy.gen_tokens, policy.update_tokens, policy.base
     say(f"memory: batches of {policy.gen_tokens} tokens to generate, {policy.update_tokens} to update")
     learner = siri.Learner.begin(cfg, env, policy)
     if checkpoint:
@@ -480,6 +486,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status: 0; 2 after a UserError or an OSError, on one line of standard error; 130 when
     stopped."""
     before = {which: signal.getsignal(which) for which in SIGNALS} if in_main_thread() else {}
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:                          # closed by whoever started it
+            setattr(sys, name, open(os.devnull, "w"))
     if argv is None and isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")       # as standard error: no text ends a run by being unprintable
     try:

@@ -97,6 +97,7 @@ class Config:
     # The defaults are the paper's setting on ALFWorld: Qwen2.5-7B-Instruct in 4 bits on one 24 GB GPU.
     env: str = setting("alfworld", "benchmark", choices=tuple(SPLITS), section="task")
     alfworld_data: str = setting("", "folder that holds json_2.1.1/; default $ALFWORLD_DATA, else generated games")
+    generated: bool = setting(False, "generated games or shop on purpose, where a preset is for the benchmark's own data")
     webshop_data: str = setting("", "folder that holds items_shuffle*.json; default a generated catalogue")
     webshop_size: str = setting("small", "the first 1,000 products (small) [R] or all", choices=("small", "full"))
     webshop_goals: str = setting("synthetic", "goals of the data files [R: synthetic]", choices=("synthetic", "human"))
@@ -107,8 +108,10 @@ class Config:
     max_steps: int = setting(50, "actions per episode; WebShop 15 [R]")
     prompt_style: str = setting("full", "prompts for instruct models (full) or the tiny policy", choices=("full", "compact"))
     history: int = setting(2, "observation-action pairs in the prompt [R]", count(0))
-    preset: str = setting("auto", "paper, paper48, tiny or smoke; auto: paper with CUDA, else tiny", section="policy")
+    preset: str = setting("auto", "small, paper, paper48, tiny or smoke; auto: by device memory, tiny without a device or data",
+                          section="policy")
     model: str = setting("Qwen/Qwen2.5-7B-Instruct", "hub id or local folder [P]")
+    base: str = setting("", "fingerprint of the base model; made when a run begins, and another model is refused from then on")
     four_bit: bool = setting(True, "NF4 weights with bf16 compute; needs CUDA")
     lora_r: int = setting(64, "LoRA rank [R]")
     lora_alpha: int = setting(128, "LoRA scale is alpha / r [O]")
@@ -118,7 +121,7 @@ class Config:
                         skills.Form(is_day, "a day, as 2026-01-31"))
     temperature: float = setting(1.0, "sampling temperature while training [R]")
     eval_temperature: float = setting(0.4, "sampling temperature while evaluating, 0 is greedy [R]", number(0))
-    memory_gib: float = setting(22.0, "device memory that may be taken; CUDA only")
+    memory_gib: float = setting(0.0, "device memory that may be taken, 0: all that is free; CUDA only", number(0))
     gen_tokens: int = setting(0, "padded tokens, answers included, generated at once; 0: what fits into memory", count(0))
     update_tokens: int = setting(0, "padded tokens per forward-backward pass (the gradient ignores it); 0: what fits", count(0))
     groups: int = setting(4, "tasks per iteration [O: the release has 16 on 8 GPUs]", section="GiGPO")
@@ -222,7 +225,7 @@ def fit_prompt(policy: Policy, e: Episode, skill: skills.Skill | None) -> list[i
 
     # Every step has a prompt of its own [R]: there is no conversation that grows, so a row is never longer than `max_prompt`.
     cfg, state, past = policy.cfg, e.state, [envs.Turn(s.observation, s.action) for s in e.steps]
-    for window in range(cfg.history, -1, -1):
+    for window in range(min(cfg.history, len(past)), -1, -1):
         ids = render(window, state)
         if len(ids) <= cfg.max_prompt:
             return ids

@@ -431,6 +431,37 @@ def test_no_home_is_needed_and_none_is_made(tmp_path, home):
     assert "GENERATED" in done.stdout and list(tmp_path.iterdir()) == [], done.stderr
 
 
+@pytest.mark.parametrize("change", [
+    lambda data: data["pddl_domain"].replace("(:action GotoLocation", "(:action Explode :parameters (" + " ".join(
+        f"?{c} - object" for c in "abcdefgh") + ") :precondition (and) :effect (checked ?a))\n(:action GotoLocation", 1),
+    lambda data: data["pddl_domain"].replace("(:action GotoLocation", "(:action Explode :parameters (" + " ".join(
+        f"?{c} - receptacle" for c in "abcdefgh") + ") :precondition (and) :effect (opened ?a))\n(:action GotoLocation", 1)])
+def test_a_game_whose_grounding_explodes_is_named_in_bounded_time(tmp_path, monkeypatch, change):
+    make_folder(tmp_path, lambda text: json.dumps(json.loads(text) | {"pddl_domain": change(json.loads(text))}))
+    monkeypatch.setattr(envs, "TRANSLATION_S", 1.0)
+    world = envs.make("alfworld", data=str(tmp_path))
+    started = time.monotonic()
+    with pytest.raises(ValueError, match=r"train/\S+ is not a sound ALFWorld game .*takes longer than 1 s"):
+        world.open(world.tasks("train")[0])
+    assert time.monotonic() - started < 10
+
+
+@pytest.mark.parametrize("spoil", [os.mkfifo, lambda path: path.mkdir(), lambda path: path.write_bytes(bytes(11_000_000))])
+def test_what_is_no_file_or_far_too_large_is_not_read(tmp_path, spoil):
+    """A pipe would be waited for, for ever."""
+    make_folder(tmp_path)
+    game = next(tmp_path.glob("json_2.1.1/train/**/game.tw-pddl"))
+    game.unlink()
+    spoil(game)
+    with pytest.raises(ValueError, match="game.tw-pddl is no file, or has more than 10 MB; get it again"):
+        envs.make("alfworld", data=str(tmp_path))
+    if game.is_file():
+        return
+    shutil.move(game, tmp_path / "items_shuffle_1000.json")
+    with pytest.raises(ValueError, match="items_shuffle_1000.json: cannot be read as JSON"):
+        envs.make("webshop", data=str(tmp_path))
+
+
 @pytest.mark.parametrize("play, says", [
     (lambda: envs.make("alfworld").notice, ""),
     (lambda: envs.make("alfworld", data="~/games"), "~/games/json_2.1.1 is not a folder"),

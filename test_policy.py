@@ -2,12 +2,18 @@
 
 import copy
 import dataclasses
+import datetime
+import itertools
 import json
 import math
+import os
 import random
 import re
 import shutil
+import subprocess
+import sys
 from collections import Counter
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,8 +24,8 @@ from hypothesis import strategies as st
 
 import envs
 import siri
-from conftest import HERE, TINY, awake, close, gradient, offline, some_rows, stranger_config
-from policy import Policy, UserError
+from conftest import CHATML, HERE, TINY, awake, close, gradient, offline, some_rows, stranger_config, write_model, write_tokenizer
+from policy import PROBE_ROWS, Policy, UserError, free_memory, out_of_memory
 
 # ---- 1. the policy ---------------------------------------------------------------------------------------------------
 
@@ -151,7 +157,7 @@ def test_token_budgets_follow_from_what_two_probes_of_each_kind_take(policy, mon
     assert policy.gen_tokens == 8 * 102
     policy.cfg = dataclasses.replace(policy.cfg, memory_gib=4.0)
     policy.gen_tokens, policy.sample = 0, Memory(None, 1)
-    with pytest.raises(UserError, match="--memory-gib 4.0: 8 rows of 128 tokens do not fit"):
+    with pytest.raises(UserError, match="GiB of device memory can be used: 8 rows of 128 tokens do not fit"):
         policy.fit()
 
 
@@ -250,3 +256,323 @@ def test_an_unusable_model_folder_is_named(stranger_folder, tmp_path, monkeypatc
     with pytest.raises(UserError, match=says) as caught:
         Policy(stranger_config(folder))
     assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+
+
+# ---- 2. any chat model: played right, or refused -----------------------------------------------------------------------
+
+SHOWN = dict(head_dim=8)
+SCALED = [("Llama", {}), ("Gemma2", dict(final_logit_softcapping=5.0, **SHOWN)), ("Granite", dict(logits_scaling=8.0)),
+          ("Cohere", dict(logit_scale=0.0625)), ("Gemma2", dict(final_logit_softcapping=None, **SHOWN))]
+
+
+@pytest.mark.parametrize("architecture, changes", SCALED)
+def test_logits_are_scaled_and_capped_as_the_architecture_has_it(tmp_path, architecture, changes):
+    """In the log-probabilities and in their gradient, against the model's own forward."""
+    write_model(tmp_path, architecture, **changes)
+    policy = awake(Policy(stranger_config(tmp_path)))
+    row = some_rows(policy)[1]
+    ids = torch.tensor([row.prompt + row.response])
+    own = policy.model(input_ids=ids).logits[0, len(row.prompt) - 1:-1, :policy.vocab].float().log_softmax(-1)
+    own = own.gather(-1, torch.tensor(row.response)[:, None])[:, 0]
+    ours = policy.logprobs([row])[0]
+    torch.testing.assert_close(ours, own, rtol=1e-4, atol=1e-4)
+    close(*(torch.cat([g.flatten() for g in torch.autograd.grad(x.sum(), policy.trainable)]) for x in (ours, own)))
+
+
+@pytest.mark.parametrize("architecture, changes", SCALED[1:4])
+def test_a_model_whose_logits_are_made_in_another_way_is_refused(tmp_path, monkeypatch, architecture, changes):
+    """Were the scale not known, the check of a loaded model would find it."""
+    write_model(tmp_path, architecture, **changes)
+    monkeypatch.setattr("policy.output_head", lambda model: model.get_output_embeddings())
+    with pytest.raises(UserError, match="nats a token off.*use another model"):
+        Policy(stranger_config(tmp_path))
+
+
+@pytest.mark.parametrize("architecture, changes", [
+    ("Llama", dict(attention_dropout=0.3)), ("GPT2", dict(attn_pdrop=0.3, resid_pdrop=0.3, embd_pdrop=0.3)),
+    ("OPT", dict(dropout=0.3, attention_dropout=0.3, layerdrop=0.2, ffn_dim=64, word_embed_proj_dim=32))])
+def test_dropout_of_the_base_is_off(tmp_path, architecture, changes):
+    write_model(tmp_path, architecture, **changes)
+    policy = Policy(stranger_config(tmp_path))
+    policy.model.train()
+    one, two = (policy.logprobs(some_rows(policy))[0] for _ in range(2))
+    assert torch.equal(one, two)
+
+
+def strip(folder, change):
+    """Change the weights of a model in its folder."""
+    from safetensors.torch import load_file, save_file
+    weights = load_file(folder / "model.safetensors")
+    save_file(change(weights), folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("change, says", [
+    (lambda w: {k: v for k, v in w.items() if "up_proj" not in k}, "2 weights are missing, such as model.layers.0.mlp.up_proj"),
+    (lambda w: w | {"model.layers.0.extra.weight": torch.ones(3)}, "1 weights are unexpected, such as model.layers.0.extra"),
+    (lambda w: {k: v[:-1].contiguous() if "1.mlp.down_proj" in k else v for k, v in w.items()}, "mismatched, such as ")])
+def test_weights_that_are_not_the_checkpoints_are_refused(tmp_path, change, says):
+    write_model(tmp_path, tie_word_embeddings=False)
+    strip(tmp_path, change)
+    with pytest.raises(UserError, match=re.escape(says)) as caught:
+        Policy(stranger_config(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("method", ["awq", "fp8", "gptq"])
+def test_a_model_that_is_quantised_already_is_refused_without_a_device(tmp_path, method):
+    write_model(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    quantised = dict(quant_method=method, bits=4, group_size=32)
+    (tmp_path / "config.json").write_text(json.dumps(config | dict(quantization_config=quantised)))
+    with pytest.raises(UserError, match="quantised already"):
+        Policy(stranger_config(tmp_path))
+
+
+@pytest.mark.parametrize("modules", [["q_proj", "v_proj"], "all-linear"])
+def test_an_adapter_in_the_models_folder_is_part_of_the_base(tmp_path, modules):
+    from peft import LoraConfig, get_peft_model
+    tuned = get_peft_model(write_model(tmp_path), LoraConfig(r=4, target_modules=modules, task_type="CAUSAL_LM"))
+    torch.manual_seed(3)
+    for p in tuned.parameters():
+        if p.requires_grad:
+            p.data.normal_(0, 0.3)
+    tuned.eval().save_pretrained(tmp_path)
+    policy, ids = Policy(stranger_config(tmp_path)), torch.tensor([list(range(20, 60))])
+    with torch.no_grad(), policy.model.disable_adapter():
+        reference = policy.model(ids).logits
+    with torch.no_grad():
+        torch.testing.assert_close(reference, tuned(ids).logits, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(reference, policy.model(ids).logits)
+
+
+@pytest.mark.parametrize("tail", ["<think>\n", "<think>\n\n</think>\n\n"])
+def test_a_thought_that_the_template_has_begun_counts_as_part_of_the_response(tmp_path, plans, tail):
+    head = "<|im_start|>assistant\n"
+    write_model(tmp_path, template=CHATML.replace(head, head + tail))
+    policy = Policy(stranger_config(tmp_path))
+    said = ("open it\n</think>\n" if tail == "<think>\n" else "") + "<action>look</action>"
+    policy.generate = lambda prompts, *_: [policy.tokenizer.encode(said, add_special_tokens=False) for _ in prompts]
+    step = siri.rollout(policy, plans, [(plans.tasks("train")[0], [None])], 1.0)[0][0].steps[0]
+    assert step.valid and step.action == "look" and step.text == tail + said
+
+
+DATED = "{{ '<|im_start|>system\nToday is ' + strftime_now(FORM) + '<|im_end|>\n' }}" + CHATML
+
+
+@pytest.mark.parametrize("template", [DATED.replace("FORM", form) for form in ("'%d %B %Y'", '"%Y-%m-%d"', " '%d %b' ")])
+def test_a_template_that_writes_the_date_writes_that_of_the_run(tmp_path, template):
+    write_model(tmp_path, template=template)
+    prompts = [Policy(stranger_config(tmp_path, date=day)).encode("hi") for day in ("2026-01-31", "2026-01-31", "2026-02-01")]
+    assert prompts[0] == prompts[1] != prompts[2]
+    assert stranger_config(tmp_path).date == str(datetime.date.today())
+
+
+NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}" + CHATML
+NEEDS_SYSTEM = "{% if messages[0].role != 'system' %}{{ raise_exception('a system turn first') }}{% endif %}" + CHATML
+NAMED = [dict(name="tool_use", template="{{ raise_exception('no tools') }}"), dict(name="default", template=CHATML)]
+
+
+@pytest.mark.parametrize("template", [NO_SYSTEM, NEEDS_SYSTEM, NAMED])
+def test_templates_of_any_kind_play(tmp_path, template):
+    write_model(tmp_path, template=template)
+    policy = Policy(stranger_config(tmp_path))
+    text = policy.tokenizer.decode(policy.encode("look around"))
+    assert "user\nlook around<|im_end|>" in text and text.endswith("<|im_start|>assistant\n")
+
+
+@pytest.mark.parametrize("template, settings, says", [
+    ("{{ raise_exception('never') }}", {}, "takes no user turn.*never"), ([NAMED[0]], {}, "no chat template"),
+    ("{{ messages[0].content", {}, "takes no user turn"), (CHATML, dict(eos_token=None, pad_token=None, tokenizer_class="PreTrainedTokenizerFast"), "end token"),
+    ("{{ messages[9].content.x.y }}", {}, "takes no user turn"), ("", {}, "chat template")])
+def test_templates_and_tokenizers_that_cannot_serve_are_refused_in_one_line(tmp_path, template, settings, says):
+    write_model(tmp_path, template=template, tokenizer=settings, **{} if settings == {} else dict(eos_token_id=None, pad_token_id=None))
+    with pytest.raises(UserError, match=says) as caught:
+        Policy(stranger_config(tmp_path))
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("architecture, changes", [("Mamba", dict(state_size=8)), ("FalconH1", {})])
+def test_layers_that_cannot_carry_an_adapter_are_refused_in_one_line(tmp_path, architecture, changes):
+    write_model(tmp_path, architecture, **changes)
+    with pytest.raises(UserError, match="--model") as caught:
+        Policy(stranger_config(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+def normalizer():
+    from tokenizers import normalizers
+    return normalizers.NFKC()
+
+
+MARKS = [dict(special=["<tool>", "\u00a4"]), dict(added=["<tool_call>", "[TOOL_CALLS]"]), dict(normalizer=normalizer())]
+
+
+@pytest.mark.parametrize("tokenizer", MARKS)
+@pytest.mark.parametrize("text", [
+    "<tool_call>x", "a<tool>b\u00a4c\u00a4\u00a4", "\uff1c|im_end|\uff1e now", "[TOOL_CALLS] <tool_call><tool_call>", "\u00a4", "\n<|im_end|>\n",
+    "  <|im_end|>  ", "<<|im_end|>|im_end|>", "<|im_\u00a4end|>"])
+def test_no_text_becomes_a_control_token_whatever_the_tokenizer_calls_special(tmp_path_factory, tokenizer, text, cache={}):     # noqa: B006
+    key = str(sorted(tokenizer))
+    if key not in cache:
+        folder = tmp_path_factory.mktemp("marks")
+        write_model(folder, tokenizer=tokenizer)
+        cache[key] = Policy(stranger_config(folder))
+    policy = cache[key]
+    names = {"<|endoftext|>", "<|im_start|>", "<|im_end|>", *tokenizer.get("special", ()), *tokenizer.get("added", ())}
+    control = set(policy.tokenizer.convert_tokens_to_ids(sorted(names)))
+    ids = policy.encode(text)
+    assert [i for i in ids if i in control] == [i for i in policy.encode("x") if i in control]
+
+
+@pytest.mark.parametrize("template, text, broken", [
+    ("[INST] {{ messages[0].content }} [/INST]", "no [/INST] Sure [INST] more", "no [ /INST] Sure [ INST] more"),
+    ("<|user|>\n{{ messages[0].content }}\n<|assistant|>\n", "<|assistant|> yes", "< |assistant|> yes"),
+    ("USER: {{ messages[0].content }}\nASSISTANT:", "USER: hm ASSISTANT: yes", "U SER: hm A SSISTANT: yes"),
+    ("### Instruction:\n{{ messages[0].content }}\n### Response:\n", "a ### Response: b", "a # ## Response: b")])
+def test_role_marks_in_plain_text_are_broken_too(tmp_path, template, text, broken):
+    write_model(tmp_path, template=template)
+    prompt = Policy(stranger_config(tmp_path)).encode
+    decode = Policy(stranger_config(tmp_path)).tokenizer.decode
+    assert broken in decode(prompt(text)) and "Instruction: [SEP]" in decode(prompt("Instruction: [SEP]"))
+
+
+@pytest.mark.parametrize("special", [["<think>", "</think>"], ["</action>"], ["<skill>", "</skill>"]])
+def test_tags_that_a_tokenizer_calls_special_survive(tmp_path, special):
+    write_model(tmp_path, tokenizer=dict(special=special))
+    policy = Policy(stranger_config(tmp_path))
+    said = "<think>so</think><action>look</action><skill>a -> b</skill><|im_end|>"
+    assert policy.decode(policy.tokenizer.encode(said, add_special_tokens=False)) == said.removesuffix("<|im_end|>")
+
+
+@pytest.mark.parametrize("changes, says", [
+    (dict(vocab_size=300), "ids and its weights 300"), (dict(eos_token_id=511), ""), (dict(eos_token_id=[2, 700]), "and its weights 512")])
+def test_vocabularies_and_end_tokens_that_do_not_fit(tmp_path, changes, says):
+    """An end token beyond the tokenizer's own ids is fine as long as the model can say it."""
+    write_model(tmp_path, **changes)
+    with pytest.raises(UserError, match=says) if says else nullcontext():
+        policy = Policy(stranger_config(tmp_path))
+        assert 511 in policy.stops and policy.vocab == 512
+
+
+@pytest.mark.parametrize("spoil, same", [
+    (lambda f: strip(f, lambda w: {k: v + 1 if "lm_head" in k else v for k, v in w.items()}), False),
+    (lambda f: write_tokenizer(f, template=CHATML + " "), False),
+    (lambda f: write_model(f, seed=1, tie_word_embeddings=False), False),
+    (lambda f: (f / "notes.txt").write_text("moved here"), True)])
+def test_a_run_goes_on_with_no_other_base_model(tmp_path, spoil, same):
+    write_model(tmp_path / "a", tie_word_embeddings=False)
+    base = Policy(stranger_config(tmp_path / "a")).base
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    spoil(tmp_path / "b")
+    with nullcontext() if same else pytest.raises(UserError, match="is another base model"):
+        assert Policy(stranger_config(tmp_path / "b", base=base)).base == base
+
+
+# ---- 3. what is saved of a policy --------------------------------------------------------------------------------------
+
+def test_a_saved_adapter_is_the_same_file_in_every_process_and_loads_with_peft(stranger_folder, tmp_path):
+    code = (f"import sys; sys.path.insert(0, {str(HERE)!r}); import pathlib; from conftest import *; "
+            f"Policy(stranger_config({str(stranger_folder)!r})).save_adapter(pathlib.Path(sys.argv[1]))")
+    for seed in "12":
+        (tmp_path / seed).mkdir()
+        subprocess.run([sys.executable, "-c", code, str(tmp_path / seed)], check=True, env=os.environ | {"PYTHONHASHSEED": seed})
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(stranger_folder), tmp_path / "1")
+    assert sum("lora_" in name for name, _ in loaded.named_parameters()) == 2 * 2 * 7
+
+
+@pytest.mark.parametrize("change", [dict(target_modules=["lm_head"]), dict(base_model_name_or_path="evil/model"), dict(auto_mapping={"x": 1}),
+                                    dict(peft_type="IA3"), dict(modules_to_save=["embed_tokens"], lora_dropout=0.9, use_dora=True)])
+def test_of_a_saved_adapter_only_the_numbers_are_taken(stranger, tmp_path, change):
+    stranger.save_adapter(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
+    again = Policy(stranger.cfg, tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(stranger.trainable, again.trainable))
+    rows = some_rows(stranger)
+    with torch.no_grad():
+        torch.testing.assert_close(again.logprobs(rows)[0], stranger.logprobs(rows)[0])
+
+
+@pytest.mark.parametrize("spoil, says", [
+    (lambda f: (f / "adapter_config.json").write_text("[]"), "cannot be loaded"), (lambda f: (f / "adapter_config.json").unlink(), "cannot be loaded"),
+    (lambda f: (f / "adapter_model.safetensors").write_bytes(b"x"), "cannot be loaded"),
+    (lambda f: (f / "adapter_config.json").write_text('{"r": 8, "lora_alpha": 128}'), "has 8 and 128")])
+def test_an_adapter_that_is_not_this_models_is_named(stranger, tmp_path, spoil, says):
+    stranger.save_adapter(tmp_path)
+    spoil(tmp_path)
+    with pytest.raises(UserError, match=says):
+        Policy(stranger.cfg, tmp_path)
+
+
+# ---- 4. memory of a machine without a device ---------------------------------------------------------------------------
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory."), RuntimeError(
+    "[enforce fail at alloc_cpu.cpp:114] data. DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes.")])
+def test_every_kind_of_out_of_memory_halves_the_batch(stranger, monkeypatch, error):
+    calls = []
+
+    def work():
+        calls.append(stranger.update_tokens)
+        if len(calls) < 3:
+            raise error
+        return "done"
+
+    monkeypatch.setattr(stranger, "update_tokens", 2**20)
+    assert out_of_memory(error) and stranger.retry("update_tokens", work) == "done" and calls == [2**20, 2**19, 2**18]
+    with pytest.raises(RuntimeError, match="shape"):
+        stranger.retry("update_tokens", lambda: (_ for _ in ()).throw(RuntimeError("shape")))
+
+
+def test_budgets_of_a_cpu_follow_from_what_is_free(stranger_folder, monkeypatch):
+    cfg = stranger_config(stranger_folder, gen_tokens=0)
+    roomy = Policy(cfg)
+    assert roomy.gen_tokens == roomy.update_tokens == 32768
+    monkeypatch.setattr("policy.free_memory", lambda: 4 * 2**30)
+    probes = itertools.count(1)
+    monkeypatch.setattr("policy.resident_peak", lambda work: 2**30 + 2**20 * 200 * (2 - next(probes) % 2))
+    tight = Policy(dataclasses.replace(cfg, update_tokens=0))           # 200 MiB for a row of 200 tokens, above 1 GiB
+    assert 2000 < tight.update_tokens < 3500 and PROBE_ROWS * 2000 < tight.gen_tokens < PROBE_ROWS * 3500
+    with pytest.raises(UserError, match="a row of 4008 tokens 3.9: lower --max-prompt"):
+        Policy(dataclasses.replace(cfg, update_tokens=0, max_prompt=4000))
+    monkeypatch.setattr("policy.free_memory", lambda: 1000)
+    with pytest.raises(UserError, match="its weights take 0.0 GiB in fp32, and 0.0 GiB are free; use a smaller model"):
+        Policy(cfg)
+
+
+def test_free_memory_heeds_the_limit_of_the_process():
+    code = (f"import sys; sys.path.insert(0, {str(HERE)!r}); import resource, policy; "
+            "resource.setrlimit(resource.RLIMIT_AS, (20 * 2**30, 20 * 2**30)); print(policy.free_memory())")
+    limited = float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+    assert 0 < limited < 20 * 2**30 and free_memory() > 0
+
+
+# ---- 5. bounds ---------------------------------------------------------------------------------------------------------
+
+LOOPS = ["{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}" + CHATML,
+         CHATML + "{% set ns = namespace(n=0) %}{% for i in range(90000) %}{% for j in range(90000) %}{% set ns.n = i * j %}{% endfor %}{% endfor %}"]
+
+
+@pytest.mark.parametrize("template", LOOPS)
+def test_a_template_without_an_end_is_refused(tmp_path, monkeypatch, template):
+    write_model(tmp_path, template=template)
+    monkeypatch.setattr("policy.TEMPLATE_S", 0.3)
+    with pytest.raises(UserError, match="takes longer than 0.3 s"):
+        Policy(stranger_config(tmp_path))
+
+
+@pytest.mark.parametrize("flags", ["groups", "group_size", "max_prompt", "max_response", "distill_epochs", "lora_r", "seed"])
+def test_numbers_without_measure_are_refused(stranger_folder, flags):
+    with pytest.raises(UserError, match=f"--{flags.replace('_', '-').replace('max-response', 'max-prompt').replace('group-size', 'group')}"):
+        Policy(stranger_config(stranger_folder, **{flags: 10**15 if flags != "seed" else 10**16}))
+
+
+def test_a_long_history_costs_no_more_than_there_is(stranger, plans):
+    cfg = dataclasses.replace(stranger.cfg, history=10**15)
+    with plans.open(plans.tasks("train")[0]) as game:
+        episode = siri.Episode(game.task, None, state=game.start)
+        prompt = siri.fit_prompt(SimpleNamespace(cfg=cfg, encode=stranger.encode), episode, None)
+        assert prompt == siri.fit_prompt(stranger, episode, None)

@@ -1,13 +1,18 @@
 """One run: whole runs, resuming to the byte, bad input, and what no text and no file may do."""
 
+import ast
 import copy
 import dataclasses
+import errno
 import gc
+import importlib
+import itertools
 import json
 import math
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -15,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -96,7 +102,8 @@ def test_a_run_ends_with_a_block_of_results(runs):
 def test_a_run_folder_holds_what_the_readme_promises(runs):
     folder = runs[0] / "runs/x"
     saved = json.loads((folder / "config.json").read_text())
-    assert saved == dataclasses.asdict(resolve(parse_arguments(SMOKE)[1])[0])
+    assert len(saved["base"]) == 16
+    assert saved == dataclasses.asdict(resolve(parse_arguments(SMOKE)[1])[0]) | dict(base=saved["base"])
     bank, rows = SkillBank.from_json(json.loads((folder / "skills.json").read_text())), metrics(runs[0])
     assert bank.counts() == {state: int(rows[-1][f"skills_{state}"]) for state in skills.STATES}
     assert sum(skill.n for skill in bank.skills) == sum(int(row["n_skill"]) for row in rows)    # groups of 1 + 1
@@ -202,10 +209,35 @@ def test_a_run_on_webshop_reports_scores_and_says_what_it_shops_in(tmp_path, mon
 
 def test_webshop_has_the_settings_of_the_release():
     """15 steps, prompts of 4,096 tokens, advantages not divided by a deviation; a flag still has the last word."""
-    cfg, _ = resolve(dict(env="webshop", preset="paper", four_bit=False))
+    cfg, _ = resolve(dict(env="webshop", preset="paper", four_bit=False, generated=True))
     assert (cfg.max_steps, cfg.max_prompt, cfg.norm, cfg.split) == (15, 4096, "mean", "test")
-    assert resolve(dict(env="webshop", preset="paper", four_bit=False, norm="std"))[0].norm == "std"
+    assert resolve(dict(env="webshop", preset="paper", four_bit=False, generated=True, norm="std"))[0].norm == "std"
     assert resolve(dict(env="webshop", preset="tiny"))[0].model != resolve(dict(preset="tiny"))[0].model
+
+
+@pytest.mark.parametrize("gib, given, preset", [
+    (0, {}, "tiny"), (7.6, dict(generated=True), "small"), (15.8, dict(alfworld_data="."), "small"), (23.6, dict(alfworld_data="."), "paper"),
+    (31.7, dict(generated=True), "paper"), (39.4, dict(alfworld_data="."), "paper48"), (79.1, dict(generated=True), "paper48"),
+    (23.6, {}, "tiny"), (79.1, dict(env="webshop"), "tiny"), (79.1, dict(env="webshop", webshop_data="."), "paper48")])
+def test_the_preset_follows_from_the_device_and_the_data(monkeypatch, gib, given, preset):
+    monkeypatch.delenv("ALFWORLD_DATA", raising=False)
+    monkeypatch.setattr("tools.settings.device_gib", lambda: gib)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gib > 0)
+    cfg, reason = resolve(given)
+    assert cfg.preset == preset and (f"{gib:.0f} GiB" in reason or not gib)
+    assert ("alfworld-download" in reason or "--webshop-data" in reason) == (preset == "tiny" and gib > 0)
+
+
+@pytest.mark.parametrize("world, says", [("alfworld", "alfworld-download.*--generated"), ("webshop", "--webshop-data.*--generated")])
+@pytest.mark.parametrize("preset", ["small", "paper", "paper48"])
+def test_a_preset_for_real_data_is_not_trained_on_generated_games_unasked(monkeypatch, preset, world, says):
+    monkeypatch.delenv("ALFWORLD_DATA", raising=False)
+    with pytest.raises(UserError, match=says):
+        resolve(dict(preset=preset, env=world, four_bit=False))
+    assert resolve(dict(preset=preset, env=world, four_bit=False, generated=True))[0].preset == preset
+    if world == "alfworld":
+        monkeypatch.setenv("ALFWORLD_DATA", "somewhere")
+        assert resolve(dict(preset=preset, four_bit=False))[0].preset == preset
 
 
 def test_a_budget_of_environment_steps_ends_the_run(tmp_path, monkeypatch, capsys):
@@ -395,15 +427,16 @@ def loads_or_none(data):
 
 
 @slow
-def test_fifty_kills_at_random_moments_change_nothing(runs, tmp_path):
+@pytest.mark.parametrize("env", ["alfworld", "webshop"])
+def test_twenty_five_kills_at_random_moments_change_nothing(tmp_path, env):
     """kill -9 anywhere in a life of the process: start, rollout, update, evaluation, writing. Then it may finish."""
-    rng, kills, started = random.Random(0), 0, time.monotonic()
-    assert start(tmp_path, *SMOKE).wait() == 0
+    rng, kills, started, command = random.Random(0), 0, time.monotonic(), [*SMOKE, "--env", env, "--max-steps", "10"]
+    assert start(tmp_path, *command).wait() == 0, (tmp_path / "err.txt").read_text()
     took = time.monotonic() - started
-    while kills < 50:
+    while kills < 25:
         cwd = Path(tempfile.mkdtemp(dir=tmp_path))
         while True:
-            process = start(cwd, *(["--resume", "runs/x"] if checkpoints(cwd / "runs/x") else SMOKE))
+            process = start(cwd, *(["--resume", "runs/x"] if checkpoints(cwd / "runs/x") else command))
             try:
                 process.wait(rng.uniform(0, 0.6 * took))
                 assert process.returncode == 0, (cwd / "err.txt").read_text()
@@ -412,23 +445,37 @@ def test_fifty_kills_at_random_moments_change_nothing(runs, tmp_path):
                 process.kill()
                 process.wait()
                 kills += 1
-        same_run(runs[0] / "runs/x", cwd / "runs/x")
+        same_run(tmp_path / "runs/x", cwd / "runs/x")
 
 
 @slow
 def test_three_hundred_iterations_with_faults_end_whole_and_in_flat_memory(tmp_path, monkeypatch, capsys):
-    """Games that raise, gradients that are not finite, a full device, signals, torn files: all are survived, and no row is missing."""
+    """Games that raise, gradients that are not finite, a full device, signals, torn files, a full disk, a machine without room for
+    games, a clock that jumps: all are survived, and no row is missing."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("run.SIGNALS", (signal.SIGUSR1, signal.SIGTERM))
     rng, seen, memory = random.Random(0), Counter(), {}
     open_game, clip, learn = envs.AlfWorld.open, torch.nn.utils.clip_grad_norm_, siri.learn
-    sample = Policy.sample
+    sample, replace, clock = Policy.sample, os.replace, time.time
 
     def faulty_open(env, task):
         if rng.random() < 0.01:
             seen["game"] += 1
             raise RuntimeError("the game is broken")
+        if rng.random() < 0.01:
+            seen["machine"] += 1
+            raise envs.MachineFault("no room in TMPDIR")
         return open_game(env, task)
+
+    def full_replace(*paths):
+        if rng.random() < 0.004:
+            seen["disk"] += 1
+            raise OSError(errno.ENOSPC, "No space left on device", str(paths[1]))
+        return replace(*paths)
+
+    def jumping_clock():
+        seen["clock"] += 1
+        return clock() + rng.choice([-10**6, 0, 10**6])
 
     def faulty_clip(*args):
         norm, bad = clip(*args), rng.random() < 0.05
@@ -449,12 +496,16 @@ def test_three_hundred_iterations_with_faults_end_whole_and_in_flat_memory(tmp_p
             os.kill(os.getpid(), signal.SIGTERM)
         return row
 
+    monkeypatch.setattr(os, "replace", full_replace)
+    monkeypatch.setattr(time, "time", jumping_clock)
     monkeypatch.setattr(envs.AlfWorld, "open", faulty_open)
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", faulty_clip)
     monkeypatch.setattr(Policy, "sample", faulty_sample)
     monkeypatch.setattr(siri, "learn", faulty_learn)
     code = main(f"{SMALL} --variant gigpo --groups 2 --group-size 2 --max-steps 4 --panel 2 --warmup-max 296".split())
-    while code == 130:
+    while code in (2, 130):
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert "--resume runs/x" in last and (code == 130 or re.search("No space left|no room in TMPDIR", last)), last
         newest = checkpoints(Path("runs/x"))[0]
         if rng.random() < 0.3:
             seen["torn file"] += 1
@@ -463,7 +514,7 @@ def test_three_hundred_iterations_with_faults_end_whole_and_in_flat_memory(tmp_p
         code = main(["--resume", "runs/x"])
     assert code == 0, capsys.readouterr().err
     assert [int(row["iteration"]) for row in metrics(tmp_path)] == list(range(300))
-    assert all(seen[fault] >= 3 for fault in ("game", "gradient", "memory", "signal", "torn file")), seen
+    assert all(seen[fault] >= 3 for fault in ("game", "machine", "gradient", "memory", "signal", "torn file", "disk", "clock")), seen
     floor = lambda last: min(memory[k] for k in range(last - 9, last + 1))      # a leak raises the floor, one update does not
     assert floor(300) < 1.05 * floor(20), (floor(20), floor(300))
 
@@ -644,6 +695,140 @@ def test_a_sound_checkpoint_is_not_taken_away_before_another_is_there(copied_run
         with pytest.raises(UserError, match="not finite.*--lr"):
             save_checkpoint(copied_run, learner)
     assert latest_checkpoint(copied_run) == newest
+
+
+@pytest.mark.parametrize("action", ["--resume", "--eval", "--report", "--play"])
+@pytest.mark.parametrize("name", ["lock", "results.json.tmp", "config.json.tmp", "skills.json", "metrics.csv", "samples", "samples/0000.json",
+                                  "checkpoints/writing", "report.html", "checkpoints/00006-3/progress.json"])
+def test_nothing_outside_a_run_s_folder_is_reached_through_it(copied_run, capsys, tmp_path, action, name):
+    """A folder from elsewhere may hold links, and pipes on which a reader would wait for ever."""
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "notes.txt").write_text("mine")
+    for make in (lambda at: at.symlink_to(outside / "notes.txt"), lambda at: at.symlink_to(outside), os.mkfifo):
+        path = copied_run / name
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+        make(path)
+        assert "is a link or a device" in refusal(capsys, action, str(copied_run))
+    assert [(p.name, p.read_text()) for p in outside.iterdir()] == [("notes.txt", "mine")]
+
+
+def test_a_manifest_names_files_of_its_own_checkpoint_only(copied_run, tmp_path):
+    newest = latest_checkpoint(copied_run)
+    (tmp_path / "x").write_text("x")
+    manifest = json.loads((newest / "manifest.json").read_text())
+    write_json(newest / "manifest.json", manifest | {"../../../../x": file_hash(tmp_path / "x")})
+    assert "../../../../x" in damage(newest) and latest_checkpoint(copied_run) != newest
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device", "runs/x/somewhere")
+
+
+@pytest.mark.parametrize("where, nth", [
+    ("os.replace", 1), ("os.replace", 2), ("os.replace", 5), ("os.replace", 9), ("os.replace", 12), ("os.fsync", 3), ("os.fsync", 12),
+    ("os.fsync", 20), ("safetensors.torch.save_file", 1), ("safetensors.torch.save_file", 3), ("safetensors.torch.save_file", 6),
+    ("run.append_metrics", 1), ("run.append_metrics", 2), ("run.save_sample", 1), ("run.add_result", 1), ("run.add_result", 3)])
+def test_a_full_disk_at_any_moment_ends_in_one_line_and_loses_nothing(tmp_path, monkeypatch, capsys, where, nth):
+    from safetensors import SafetensorError
+    monkeypatch.chdir(tmp_path)
+    module, name = where.rsplit(".", 1)
+    real, calls = getattr(importlib.import_module(module), name), itertools.count(1)
+
+    def full(*args, **kwargs):
+        if next(calls) >= nth:
+            raise SafetensorError("Error while serializing: I/O error: No space left (os error 28)") if name == "save_file" else FULL
+        return real(*args, **kwargs)
+
+    short = f"{SMALL} --panel 1 --groups 1 --group-size 2 --max-steps 2 --warmup-max 2 --mining-max 1 --distill-max 0 --save-every 1"
+    with monkeypatch.context() as patch:
+        patch.setattr(where, full)
+        assert main(short.split()) == 2
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert err.startswith("siri: ") and "No space left" in err and not list(tmp_path.glob("runs/x/**/*.tmp"))
+    if found := checkpoints(Path("runs/x")):
+        assert found[0].name == "00000" or "then go on with --resume runs/x" in err
+    assert main(["--resume", "runs/x"] if found else short.split()) == 0
+    assert [r["label"] for r in json.loads(Path("runs/x/results.json").read_text())] == [
+        "base", "after warm-up", "phase 1 plain", "phase 1 with skills", "final"]
+    assert [int(row["iteration"]) for row in metrics(tmp_path)] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("change", ["removed", "begun again", "replaced by a link"])
+def test_a_folder_that_is_another_one_by_now_is_not_written_to(tmp_path, monkeypatch, capsys, change):
+    """Someone removed a live run's folder, and may have begun another of that name."""
+    monkeypatch.chdir(tmp_path)
+    play = siri.play
+
+    def meanwhile(*args):
+        play(*args)
+        shutil.move("runs/x", "elsewhere")
+        if change == "begun again":
+            Lock(Path("runs/x") if Path("runs/x").mkdir() is None else None)
+        elif change == "replaced by a link":
+            Path("runs/x").symlink_to(tmp_path / "other")
+            (tmp_path / "other").mkdir()
+
+    monkeypatch.setattr(siri, "play", meanwhile)
+    assert main(f"{SMALL} --panel 1 --groups 1 --group-size 2 --max-steps 2".split()) == 2
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert "runs/x: was removed or replaced while this run used it" in err
+    assert not Path("runs/x").exists() or {p.name for p in Path("runs/x").iterdir()} <= {"lock"}
+    assert latest_checkpoint(Path("elsewhere")).name == "00000-0"
+
+
+def test_an_evaluation_under_other_settings_does_not_replace_the_run_s_own(copied_run, capsys):
+    before = json.loads((copied_run / "results.json").read_text())
+    for more in ([], ["--max-steps", "3"], ["--eval-temperature", "0"], [], ["--history", "1"]):
+        assert main(["--eval", "runs/x", "--panel", "2", *more]) == 0
+    after = json.loads((copied_run / "results.json").read_text())
+    assert after[:len(before)] == before and len(after) == len(before) + 4
+    assert {r["settings"]["max_steps"] for r in after} == {14, 3} and after[-1]["settings"]["model"] == TINY
+
+
+def test_the_program_runs_in_a_thread_and_leaves_the_signals_alone(copied_run):
+    before = [signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM)]
+    for call_main in (lambda: main(["--eval", "runs/x", "--panel", "1"]), lambda: main(["--resume", "runs/x", "--distill-max", "4"])):
+        with ThreadPoolExecutor(1) as thread:
+            assert thread.submit(call_main).result() == 0
+    assert main(["--eval", "runs/x", "--panel", "1"]) == 0
+    assert [signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+@pytest.mark.parametrize("how", [">&-", "2>&-", ">&- 2>&-", "| head -1", "</dev/null"])
+def test_nobody_has_to_listen(tmp_path, how):
+    """A closed output, or a reader that goes away, costs no run."""
+    command = f"{shlex.quote(sys.executable)} {shlex.quote(str(HERE / 'siri.py'))}"
+    small = f"{SMALL} --panel 1 --groups 1 --group-size 2 --max-steps 2 --warmup-max 1 --mining-max 0 --distill-max 0"
+    done = subprocess.run(f"{command} {small} {how}", shell=True, cwd=tmp_path, capture_output=True, text=True)
+    assert "Traceback" not in done.stderr + done.stdout
+    if how == "| head -1":                          # it ends with its reader, soon or late
+        again = "--resume runs/x" if checkpoints(tmp_path / "runs/x") else small
+        done = subprocess.run(f"{command} {again}", shell=True, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert len(json.loads((tmp_path / "runs/x/results.json").read_text())) == 5
+
+
+def test_text_of_others_does_not_drive_the_terminal(copied_run, capsys):
+    """Names of folders, categories and skills hold escape codes here."""
+    codes = "\x1b]0;owned\x07\x1b[2J\u202e"
+    data = json.loads((copied_run / "results.json").read_text())
+    data[-1]["label"] = data[-1]["panel"] = f"final{codes}"
+    data[-1]["kinds"] = {f"kind{codes}": kind for kind in data[-1]["kinds"].values()}
+    write_json(copied_run / "results.json", data)
+    assert main(["--resume", "runs/x"]) == 0
+    (copied_run / "skills.json").unlink()
+    shutil.move(copied_run, f"runs/x{codes}")
+    assert main(["--eval", f"runs/x{codes}", "--panel", "1", "--model", f"no{codes}"]) == 2
+    assert main(["--resume", f"runs/y{codes}"]) == 2
+    out = capsys.readouterr()
+    assert "final" in out.out and "runs/y" in out.err and not set(codes[:1] + codes[9:11] + codes[-1:]) & set(out.out + out.err)
+
+
+def test_all_that_is_printed_goes_through_one_door():
+    for name in ("run", "siri", "policy", "tools.files", "tools.metrics", "tools.play", "tools.report", "tools.settings"):
+        tree = ast.parse((HERE / f"{name.replace('.', '/')}.py").read_text())
+        calls = [ast.unparse(n) for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func) in ("print", "tqdm.write")]
+        assert [c for c in calls if "out of memory" not in c] == [], name
 
 
 def test_a_file_of_metrics_without_its_first_row_gets_a_header(copied_run):

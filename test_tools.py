@@ -28,12 +28,13 @@ import skills
 from conftest import HERE, config, learner_of, new_bank, slow
 from conftest import metrics as run_metrics
 from policy import Policy, UserError
-from run import ACTIONS, add_result, append_metrics, parse_arguments, save_sample
-from tools import bench, figures, metrics, report
+from run import ACTIONS, add_result, append_metrics, main, parse_arguments, save_sample
+from tools import bench, figures, metrics, probe, report
 from tools import play as terminal
 from tools.files import read_json, write_json
 from tools.metrics import wilson
-from tools.settings import flag, resolve
+from tools.oracle import winning_actions
+from tools.settings import flag, make_environment, resolve
 
 # ---- 1. the benchmark ------------------------------------------------------------------------------------------------
 
@@ -633,13 +634,13 @@ def imports_of(path):
 def test_every_room_imports_only_what_is_below_it():
     """No circle: the method knows neither run nor tools, the policy no SIRI, the mathematics nothing of the house."""
     floors = [{"gigpo", "skills", "distill", "envs"}, {"policy"}, {"siri"}, {"tools.metrics", "tools.files", "tools.check"},
-              {"tools.settings"}, {"tools.report", "tools.play", "tools.bench"}, {"run"}]
-    below = {"tools.figures", "tools.oracle", "tools.terminal"}                               # of which nothing of the house is used but envs
+              {"tools.settings"}, {"tools.report", "tools.play", "tools.bench", "tools.probe"}, {"run"}]
+    below = {"tools.figures", "tools.oracle", "tools.terminal", "tools.limits"}                               # of which nothing of the house is used but envs
     for floor in floors:
         for name in floor:
             assert imports_of(HERE / f"{name.replace('.', '/')}.py") <= below, name
         below |= floor
-    assert imports_of(HERE / "policy.py") == {"gigpo"}
+    assert imports_of(HERE / "policy.py") == {"gigpo", "tools.limits"}
     method = ast.parse((HERE / "siri.py").read_text())
     method.body = [node for node in method.body if not (isinstance(node, ast.If) and "__name__" in ast.dump(node.test))]
     names = {node.id for node in ast.walk(method) if isinstance(node, ast.Name)}
@@ -711,3 +712,48 @@ def test_the_line_counts_of_the_readme_are_about_right():
 def test_the_equations_of_the_readme_name_function_and_test():
     tags = re.findall(r"^\| ([GS]\d+) \|.*`(?:gigpo|skills|distill|siri)\..*`test_", README, re.M)
     assert tags == [f"G{i}" for i in range(1, 9)] + [f"S{i}" for i in range(1, 11)]
+
+
+# ---- 8. the probe of a model -------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("world", ["alfworld", "webshop"])
+def test_a_probe_says_how_much_of_a_models_answers_can_be_used(monkeypatch, capsys, world):
+    monkeypatch.setattr(probe, "STATES", 8)
+    monkeypatch.setattr(probe, "WINS", 4)
+    assert main(["--probe", "--preset", "tiny", "--env", world]) == 0
+    out = capsys.readouterr().out
+    found = re.search(r"answers: parsable (\S+), admissible (\S+) of 16; (\d+) tokens each, (\d+) cut at --max-response 24; \d+ s\n"
+                      r"skills: well formed (\S+) of 4", out)
+    parsable, admissible, tokens, cut, formed = map(float, found.groups())
+    assert 0.6 < admissible <= parsable <= 1 and 5 < tokens < 24 and formed > 0.4
+    assert out.count("--- answer") == out.count("--- skill") == 3
+
+
+def test_a_probe_counts_what_a_model_says(monkeypatch):
+    """Scripted answers: right, not on offer, without a thought, none at all; and skills that are refused for their form."""
+    cfg = resolve(dict(preset="smoke"))[0]
+    env = make_environment(cfg)
+    policy = Policy(cfg)
+    script = ["<think>x</think><action>{}</action>", "<think>x</think><action>fly</action>", "<action>{}</action>", "hm"]
+    monkeypatch.setattr(policy, "answer", lambda ids: ids)
+    monkeypatch.setattr(siri, "fit_prompt", lambda policy, e, skill: e.state.admissible[0])
+    monkeypatch.setattr(policy, "generate", lambda prompts, *_: [script[k % 4].format(p) for k, p in enumerate(prompts)])
+    steps, _ = probe.ask(policy, env, 4, 2)
+    assert (steps["n"], steps["parsable"], steps["admissible"]) == (8, 4, 2)
+    said = iter(["<skill>when a b -> do c</skill>", "<skill>when apple 2 -> c</skill>", "no", "<skill>when d -> e</skill>"])
+    monkeypatch.setattr(policy, "generate", lambda prompts, *_: [next(said) for _ in prompts])
+    mined, _ = probe.mine(policy, env, 4)
+    assert mined["well formed"] == 2 and mined["instance_specific"] == 1 and mined["unparsable"] == 1
+
+
+@pytest.mark.parametrize("world", ["alfworld", "webshop"])
+def test_the_ways_that_are_known_win(world):
+    env = make_environment(resolve(dict(preset="tiny", env=world))[0])
+    won = 0
+    for task in [env.tasks("train")[i] for i in range(10)]:
+        with env.open(task) as game:
+            state = game.start
+            for action in winning_actions(env, task):
+                state = game.step(state, action)
+            won += state.success
+    assert won >= 9

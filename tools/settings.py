@@ -34,13 +34,15 @@ TINY = dict(
     n_eval=3, kappa=1.0, active_req=14, distill_max=8, distill_lr=1e-3, panel=120, sample_every=5)
 SMOKE = TINY | dict(groups=2, group_size=4, warmup_max=2, n_req=1, floor=0.0, mining_max=2, n_eval=1, mine_wins=4,
                     distill_max=2, distill_min=1, active_req=1, panel=8, tau_up=-1.0, tau_down=-1.0)
-PAPER48 = dict(groups=8, memory_gib=44.0, four_bit=False)
+PAPER48 = dict(groups=8, four_bit=False)
+SMALL = dict(model="Qwen/Qwen2.5-1.5B-Instruct", four_bit=False)        # GiGPO's second size, so there are published figures
 SHOP = dict(max_steps=15, max_prompt=4096, norm="mean", split="test")
 # The tiny shopper's thought names the choice that its action repeats, so whole responses are distilled [O].
 TINY_SHOP = dict(model="assets/tiny-webshop", max_steps=15, split="test", distill_tokens="response")
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
-    "paper": dict(alfworld={}, webshop=SHOP),                           # one 24 GB GPU
-    "paper48": dict(alfworld=PAPER48, webshop=PAPER48 | SHOP),          # one 48 GB GPU, bf16
+    "small": dict(alfworld=SMALL, webshop=SMALL | SHOP),                # one GPU of less than 20 GiB, bf16
+    "paper": dict(alfworld={}, webshop=SHOP),                           # from 20 GiB: one 24 GB GPU
+    "paper48": dict(alfworld=PAPER48, webshop=PAPER48 | SHOP),          # from 39 GiB: A100-40GB, 48 GB; bf16
     "tiny": dict(alfworld=TINY, webshop=TINY | TINY_SHOP | dict(        # a laptop, 10 minutes. Of a response's tokens, one
         minibatch=400, n_req=90, mining_max=10, tau_up=0.1, distill_max=6, distill_epochs=2,            # carries the choice,
         lambda_max=10.0)),                                                                              # hence this lambda
@@ -58,9 +60,12 @@ def resolve(given: dict[str, Any], saved: dict[str, Any] | None = None) -> tuple
     settings = {**(saved or {}), **given}
     preset, reason = settings.get("preset", "auto"), "chosen by --preset"
     if preset == "auto":
-        gib = device_gib()
-        preset = ("paper48" if gib > 40 else "paper") if gib else "tiny"
+        gib, world = device_gib(), settings.get("env", Config.env)
+        preset = ("paper48" if gib >= 39 else "paper" if gib >= 20 else "small") if gib else "tiny"
         reason = f"CUDA device with {gib:.0f} GiB" if gib else "no CUDA device"
+        if gib and world in GET and not has_data(settings) and not settings.get("generated"):
+            reason = f"{reason}, for which preset {preset} is made, but no data: {GET[world]}, then the same command"
+            preset = "tiny"
     for name, value, allowed in (("preset", preset, ("auto", *PRESETS)), ("env", settings.get("env", Config.env), SPLITS)):
         if value not in allowed:
             raise UserError(f"--{name} {value}: must be one of {', '.join(allowed)}")
@@ -76,6 +81,17 @@ def resolve(given: dict[str, Any], saved: dict[str, Any] | None = None) -> tuple
     if cfg.env == "webshop" and cfg.webshop_tagger == "auto":
         cfg.webshop_tagger = envs.find_tagger()
     return cfg, reason
+
+
+GET = dict(alfworld="get the games with `alfworld-download`, and set $ALFWORLD_DATA or give --alfworld-data",
+           webshop="get WebShop's items_*.json, and give --webshop-data")
+
+
+def has_data(settings: dict[str, Any]) -> bool:
+    """Whether the benchmark's own data is named: by a flag, or for ALFWorld by the environment."""
+    if settings.get("env", Config.env) == "webshop":
+        return bool(settings.get("webshop_data"))
+    return bool(settings.get("alfworld_data") or envs.alfworld_data_variable())
 
 
 def conflicts(cfg: Config, given: dict[str, Any]) -> Iterable[tuple[str, str]]:
@@ -95,6 +111,14 @@ def conflicts(cfg: Config, given: dict[str, Any]) -> Iterable[tuple[str, str]]:
          f"paired rollouts need an even group; use {cfg.group_size + 1}, or --variant gigpo"),
         ("four_bit", cfg.four_bit and not torch.cuda.is_available(),
          f"4-bit weights need a CUDA device and none was found: add --no-4bit, or use --preset tiny (this is preset {cfg.preset})"),
+        ("groups", cfg.groups * cfg.group_size > 10**5, "more than 100,000 rollouts in an iteration are kept in memory; lower it"),
+        ("max_prompt", cfg.max_prompt + cfg.max_response > 10**6, "more than 1,000,000 tokens in a row; lower it"),
+        ("lora_r", cfg.lora_r > 10**4, "larger than any layer; lower it"),
+        ("distill_epochs", cfg.distill_epochs > 1000, "more than 1,000 passes ruin the policy; lower it"),
+        ("preset", cfg.preset in ("small", "paper", "paper48") and not cfg.generated and not has_data(vars(cfg))
+         and (torch.cuda.is_available() or cfg.model == PRESETS[cfg.preset][cfg.env].get("model", Config.model)),
+         f"it would train for days on generated games: {GET[cfg.env]}; or add --generated to want just that"),
+        ("generated", cfg.generated and has_data(vars(cfg)), "data is given, too; leave one out, or unset $ALFWORLD_DATA"),
         ("dual_clip", 0 < cfg.dual_clip <= 1, "must be above 1, or 0 for none"),
         ("tau_down", cfg.tau_down > cfg.tau_up, f"must not be above --tau-up {cfg.tau_up}"),
         ("penalty_inside", cfg.penalty_inside and cfg.baseline != "steps",

@@ -17,5 +17,4 @@ def say(text: Any, file: Any = None) -> None:
     """Print a line, past a progress bar if there is one. All that a run prints comes through here: names of games, goals, skills,
     paths and causes are others' text."""
     tqdm.write(printable(text), file=file)
-    if stream := file or sys.stdout:                # None where a program has none
-        stream.flush()
+    (file or sys.stdout).flush()
