@@ -232,6 +232,9 @@ class Chat:
             template = template.get("default")
         if not template:
             raise UserError(f"--model {cfg.model}: its tokenizer has no chat template; use an instruct model")
+        if not tokenizer.is_fast:
+            raise UserError(f"--model {cfg.model}: its tokenizer has no tokenizer.json, without which it can't be told "
+                            "where in a text a token is from; save it again as a fast one")
         # A template that writes the date writes the same one tomorrow.
         today = datetime.date.fromisoformat(cfg.date) if cfg.date else datetime.date.today()
         tokenizer.chat_template = re.sub(r"strftime_now\s*\(\s*(['\"])(.*?)\1\s*\)", lambda m: repr(today.strftime(m[2])), template)
@@ -253,7 +256,8 @@ class Chat:
         self.control = (self.hidden | marks) - ours - unknown           # what no text of others may turn into
         before, _, after = self.render(PROBE).partition(PROBE)
         self.structure = self.controls(self.ids("x"))
-        self.roles = sorted({m for m in re.findall(ROLE, before + "\n" + after, re.MULTILINE) if len(m) > 2}, key=len, reverse=True)
+        marks_of_roles = set(re.findall(ROLE, before + "\n" + after, re.MULTILINE)) - {*TAGS}
+        self.roles = sorted((mark for mark in marks_of_roles if len(mark) > 2), key=len, reverse=True)
         # A template may begin the answer itself: with a thought that is open, or with an empty one.
         self.opening = after[after.rindex("<think>"):] if "<think>" in after else ""
         # A response ends with one of the model's own end tokens, or with an end tag where that is a token.

@@ -354,6 +354,7 @@ def test_a_thought_that_the_template_has_begun_counts_as_part_of_the_response(tm
     policy.generate = lambda prompts, *_: [policy.tokenizer.encode(said, add_special_tokens=False) for _ in prompts]
     step = siri.rollout(policy, plans, [(plans.tasks("train")[0], [None])], 1.0)[0][0].steps[0]
     assert step.valid and step.action == "look" and step.text == tail + said
+    assert "inside <think> </think>" in policy.tokenizer.decode(step.prompt)       # our own tags are no marks of roles
 
 
 DATED = "{{ '<|im_start|>system\nToday is ' + strftime_now(FORM) + '<|im_end|>\n' }}" + CHATML
