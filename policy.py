@@ -564,7 +564,9 @@ class Policy:
 
         def peak(n: int) -> float:
             if self.device == "cpu":
-                return resident_peak(lambda: probe(n))
+                reset_resident_peak()
+                probe(n)
+                return resident_peak()
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
             probe(n)
@@ -676,15 +678,18 @@ def give_back_freed_memory() -> None:
         ctypes.CDLL(None).mallopt(-3, 2**20)                    # M_MMAP_THRESHOLD
 
 
-def resident_peak(work: Callable[[], Any]) -> float:
-    """Do the work; returns the process's largest resident memory meanwhile, in bytes (outside Linux: ever)."""
+def reset_resident_peak() -> None:
+    """Set the mark of `resident_peak` to now, where Linux lets it (elsewhere the process must not have held more before)."""
     with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")           # the mark is now's
-    work()
-    try:
-        return 1024 * int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1])      # type: ignore[index]
-    except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def resident_peak() -> int:
+    """The process's largest resident memory, in bytes. Not from getrusage on Linux, where a child inherits its parent's."""
+    if sys.platform == "linux":
+        found = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM:"))
+        return int(found.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss                   # macOS counts bytes
 
 
 def device_gib() -> float:

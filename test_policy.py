@@ -534,7 +534,7 @@ def test_budgets_of_a_cpu_follow_from_what_is_free(stranger_folder, monkeypatch)
     assert roomy.gen_tokens == roomy.update_tokens == 32768
     monkeypatch.setattr("policy.free_memory", lambda: 4 * 2**30)
     probes = itertools.count(1)
-    monkeypatch.setattr("policy.resident_peak", lambda work: 2**30 + 2**20 * 200 * (2 - next(probes) % 2))
+    monkeypatch.setattr("policy.resident_peak", lambda: 2**30 + 2**20 * 200 * (2 - next(probes) % 2))
     tight = Policy(dataclasses.replace(cfg, update_tokens=0))           # 200 MiB for a row of 200 tokens, above 1 GiB
     assert 2000 < tight.update_tokens < 3500 and PROBE_ROWS * 2000 < tight.gen_tokens < PROBE_ROWS * 3500
     with pytest.raises(UserError, match="a row of 4008 tokens 3.9: lower --max-prompt"):

@@ -30,7 +30,6 @@ import json
 import os
 import platform
 import random
-import resource
 import shutil
 import subprocess
 import sys
@@ -50,7 +49,7 @@ import torch
 import envs
 import gigpo
 import siri
-from policy import TAGS, Policy, UserError, make_optimizer, peak_gib
+from policy import TAGS, Policy, UserError, make_optimizer, peak_gib, reset_resident_peak, resident_peak
 from tools.files import write_json
 from tools.oracle import oracle_walkthrough
 from tools.settings import make_environment, resolve
@@ -140,20 +139,12 @@ class Peak:
             if sys.platform == "linux":
                 with contextlib.suppress(AttributeError):                       # not in every C library
                     ctypes.CDLL(None).malloc_trim(0)                            # freed memory goes back to the system
-                Path("/proc/self/clear_refs").write_text("5")
+            reset_resident_peak()
             self.before = resident_peak()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.mib = ((torch.cuda.max_memory_allocated() if self.cuda else resident_peak()) - self.before) / 2**20
-
-
-def resident_peak() -> int:
-    """Bytes. Not from getrusage on Linux, where a child process inherits its parent's peak."""
-    if sys.platform == "linux":
-        found = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM:"))
-        return int(found.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss                   # macOS counts bytes
 
 
 def in_child(function: Callable[..., Any], **arguments: Any) -> Any:
