@@ -428,18 +428,20 @@ def train_run(cfg: Config, lock: Lock, reason: str, checkpoint: Path | None) -> 
     cfg.gen_tokens, cfg.update_tokens, cfg.base = policy.gen_tokens, policy.update_tokens, policy.base
     say(f"memory: batches of {policy.gen_tokens} tokens to generate, {policy.update_tokens} to update")
     learner = siri.Learner.begin(cfg, env, policy)
-    if checkpoint:
-        load_checkpoint(learner, checkpoint)
-        take_back(folder, learner)
-    write_json(folder / "config.json", dataclasses.asdict(cfg))
-    if not checkpoint:
-        save_checkpoint(folder, learner)            # before the first evaluation, which takes hours on a large model
     try:
-        consume(learner, lock, Stop())
-    except UserError as e:
-        raise UserError(f"{e}; then go on with --resume {folder}") from e
+        if checkpoint:
+            load_checkpoint(learner, checkpoint)
+            take_back(folder, learner)
+        write_json(folder / "config.json", dataclasses.asdict(cfg))
+        if not checkpoint:
+            save_checkpoint(folder, learner)        # before the first evaluation, which takes hours on a large model
+        try:
+            consume(learner, lock, Stop())
+        except UserError as e:
+            raise UserError(f"{e}; then go on with --resume {folder}") from e
     except OSError as e:
-        raise UserError(f"{e.filename or folder}: {e.strerror or e}; make room there; then go on with --resume {folder}") from e
+        again = f"; then go on with --resume {folder}" if checkpoints(folder) else ""
+        raise UserError(f"{e.filename or folder}: {e.strerror or e}; make room there{again}") from e
     except KeyboardInterrupt:
         raise Stopped(f"stopped at once; go on with: python siri.py --resume {folder}") from None
     say(metrics.results_block(folder, load_results(folder)))

@@ -61,7 +61,7 @@ from conftest import (
 from policy import Policy, UserError
 from run import Lock, append_metrics, load_checkpoint, main, parse_arguments, save_checkpoint
 from skills import Skill, SkillBank, SkillRejected
-from tools.files import checkpoints, damage, file_hash, latest_checkpoint, write_json
+from tools.files import checkpoints, damage, file_hash, latest_checkpoint, write_json, write_text
 from tools.metrics import wilson
 from tools.settings import flag, load_config, make_environment, resolve
 
@@ -725,9 +725,10 @@ FULL = OSError(errno.ENOSPC, "No space left on device", "runs/x/somewhere")
 
 
 @pytest.mark.parametrize("where, nth", [
-    ("os.replace", 1), ("os.replace", 2), ("os.replace", 5), ("os.replace", 9), ("os.replace", 12), ("os.fsync", 3), ("os.fsync", 12),
-    ("os.fsync", 20), ("safetensors.torch.save_file", 1), ("safetensors.torch.save_file", 3), ("safetensors.torch.save_file", 6),
-    ("run.append_metrics", 1), ("run.append_metrics", 2), ("run.save_sample", 1), ("run.add_result", 1), ("run.add_result", 3)])
+    ("os.replace", 1), ("os.replace", 2), ("os.replace", 9), ("os.fsync", 12), ("safetensors.torch.save_file", 3),
+    ("run.append_metrics", 2), ("run.add_result", 3), *(pytest.param(*more, marks=slow) for more in (
+        ("os.replace", 5), ("os.replace", 12), ("os.fsync", 3), ("os.fsync", 20), ("safetensors.torch.save_file", 1),
+        ("safetensors.torch.save_file", 6), ("run.append_metrics", 1), ("run.save_sample", 1), ("run.add_result", 1)))])
 def test_a_full_disk_at_any_moment_ends_in_one_line_and_loses_nothing(tmp_path, monkeypatch, capsys, where, nth):
     from safetensors import SafetensorError
     monkeypatch.chdir(tmp_path)
@@ -751,6 +752,22 @@ def test_a_full_disk_at_any_moment_ends_in_one_line_and_loses_nothing(tmp_path, 
     assert [r["label"] for r in json.loads(Path("runs/x/results.json").read_text())] == [
         "base", "after warm-up", "phase 1 plain", "phase 1 with skills", "final"]
     assert [int(row["iteration"]) for row in metrics(tmp_path)] == [0, 1, 2]
+
+
+def test_a_full_disk_on_resuming_says_how_to_go_on(copied_run, monkeypatch, capsys):
+    """Before an iteration is played: config.json and the bank are written when a run is resumed."""
+    for name in ("config.json", "skills.json", "metrics.csv"):
+        def full(path, text, name=name, write=write_text):
+            if path.name == name:
+                raise OSError(errno.ENOSPC, "No space left on device", str(path))
+            write(path, text)
+
+        with monkeypatch.context() as patch:
+            patch.setattr("tools.files.write_text", full)
+            patch.setattr("run.write_text", full)
+            err = refusal(capsys, "--resume", "runs/x")
+        assert re.search(f"runs/x/{name}: No space left on device; make room there; then go on with --resume runs/x", err)
+    assert main(["--resume", "runs/x"]) == 0
 
 
 @pytest.mark.parametrize("change", ["removed", "begun again", "replaced by a link"])
@@ -794,7 +811,8 @@ def test_the_program_runs_in_a_thread_and_leaves_the_signals_alone(copied_run):
     assert [signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM)] == before
 
 
-@pytest.mark.parametrize("how", [">&-", "2>&-", ">&- 2>&-", "| head -1", "</dev/null"])
+@pytest.mark.parametrize("how", [pytest.param(">&-", marks=slow), pytest.param("2>&-", marks=slow), ">&- 2>&-", "| head -1",
+                                 pytest.param("</dev/null", marks=slow)])
 def test_nobody_has_to_listen(tmp_path, how):
     """A closed output, or a reader that goes away, costs no run."""
     command = f"{shlex.quote(sys.executable)} {shlex.quote(str(HERE / 'siri.py'))}"
