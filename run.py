@@ -120,8 +120,10 @@ def save_checkpoint(folder: Path, learner: siri.Learner) -> None:
     # Nothing is learnt between two milestones but in iterations: what has this name is this very state, and stays if it is sound.
     if not damage(root / name):
         return
-    if not all(tensor.isfinite().all() for tensor in learner.policy.trainable):
-        raise UserError("the adapter has values that are not finite, and is not saved: resume with a lower --lr and --distill-lr")
+    moments = (x for state in learner.optimizer.state.values() for x in state.values() if isinstance(x, torch.Tensor))
+    if not all(tensor.isfinite().all() for tensor in (*learner.policy.trainable, *moments)):
+        raise UserError("the adapter or the optimizer has values that are not finite, and is not saved: resume with a lower --lr "
+                        "and --distill-lr")
     try:
         write_checkpoint(aside, learner)
     except OSError:
@@ -422,7 +424,7 @@ def train_run(cfg: Config, lock: Lock, reason: str, checkpoint: Path | None) -> 
     folder, env = lock.folder, make_environment(cfg)
     say(env.notice)
     say(f"preset {cfg.preset} ({reason}); model {cfg.model}, {'4-bit, ' if cfg.four_bit else ''}LoRA r {cfg.lora_r}; "
-                f"{cfg.prompt_style} prompts; variant {cfg.variant}; seed {cfg.seed}; folder {folder}")
+        f"{cfg.prompt_style} prompts; variant {cfg.variant}; seed {cfg.seed}; folder {folder}")
     policy = Policy(cfg, checkpoint)
     # What was found out at the start is kept: a run is resumed with the same batches, and on no other model.
     cfg.gen_tokens, cfg.update_tokens, cfg.base = policy.gen_tokens, policy.update_tokens, policy.base
@@ -432,9 +434,9 @@ def train_run(cfg: Config, lock: Lock, reason: str, checkpoint: Path | None) -> 
         if checkpoint:
             load_checkpoint(learner, checkpoint)
             take_back(folder, learner)
-        write_json(folder / "config.json", dataclasses.asdict(cfg))
-        if not checkpoint:
+        else:
             save_checkpoint(folder, learner)        # before the first evaluation, which takes hours on a large model
+        write_json(folder / "config.json", dataclasses.asdict(cfg))
         try:
             consume(learner, lock, Stop())
         except UserError as e:
@@ -443,7 +445,8 @@ def train_run(cfg: Config, lock: Lock, reason: str, checkpoint: Path | None) -> 
         again = f"; then go on with --resume {folder}" if checkpoints(folder) else ""
         raise UserError(f"{e.filename or folder}: {e.strerror or e}; make room there{again}") from e
     except KeyboardInterrupt:
-        raise Stopped(f"stopped at once; go on with: python siri.py --resume {folder}") from None
+        after = f"go on with: python siri.py --resume {folder}" if checkpoints(folder) else "nothing was to be saved yet"
+        raise Stopped(f"stopped at once; {after}") from None
     say(metrics.results_block(folder, load_results(folder)))
 
 

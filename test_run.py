@@ -648,6 +648,17 @@ def test_a_run_can_be_resumed_from_its_first_second(tmp_path, monkeypatch, capsy
     assert [r["label"] for r in json.loads(Path("runs/x/results.json").read_text())] == ["base", "final"]
 
 
+def test_a_stop_before_the_first_checkpoint_promises_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    small = f"{SMALL} --env-steps 1 --panel 2 --groups 1".split()
+    for stopped in ("run.save_checkpoint", "run.Policy"):
+        with monkeypatch.context() as patch:
+            patch.setattr(stopped, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            assert main(small) == 130
+        assert "--resume" not in capsys.readouterr().err
+    assert main(small) == 0                             # the name is still free
+
+
 def test_what_has_been_evaluated_is_not_evaluated_again(tmp_path, monkeypatch, capsys):
     """Stopped in the first iteration: the base's evaluation is not repeated. Resumed twice after a finished run was granted
     more: nothing is played that has been."""
@@ -689,11 +700,15 @@ def test_a_sound_checkpoint_is_not_taken_away_before_another_is_there(copied_run
     save_checkpoint(copied_run, learner)
     assert damage(newest) == "" and len(checkpoints(copied_run)) == 2
     learner.progress.iteration += 1
-    for value in (math.nan, math.inf):
+    moment = next(iter(learner.optimizer.state.values()))["exp_avg_sq"]
+    for tensor, value in ((moment, math.inf), (learner.policy.trainable[0], math.nan), (learner.policy.trainable[0], math.inf)):
+        before = tensor.detach().clone()
         with torch.no_grad():
-            learner.policy.trainable[0][0, 0] = value
+            tensor[0, 0] = value
         with pytest.raises(UserError, match="not finite.*--lr"):
             save_checkpoint(copied_run, learner)
+        with torch.no_grad():
+            tensor.copy_(before)
     assert latest_checkpoint(copied_run) == newest
 
 
