@@ -1395,6 +1395,9 @@ def _synthetic_goals(products: Mapping[str, Product], instructions: Mapping, rng
                              f"{'a list of texts' if isinstance(text, str) else 'text'}")
         upper, limit = _price_limit(product, rng)
         names = sorted(product.options)
+        if (count := math.prod(map(len, product.options.values()))) > MOST_COMBINATIONS:
+            raise ValueError(f"product {asin} has {count:,} combinations of options, and each would be a goal (at most "
+                             f"{MOST_COMBINATIONS:,}); take it out")
         for values in itertools.product(*(product.options[name] for name in names)):
             pairs = tuple(zip(names, values))
             wish = ", and ".join(f"{name}: {value}" for name, value in pairs)
@@ -1424,6 +1427,9 @@ def _human_goals(products: Mapping[str, Product], human: Mapping, rng: random.Ra
 
 
 # ---- 11. WebShop: pages --------------------------------------------------------------------------------------
+
+MOST_COMBINATIONS = 100_000                         # of a product's options
+
 
 class Page(NamedTuple):
     """Where a shopper is. All that changes during an episode."""

@@ -462,6 +462,14 @@ def test_what_is_no_file_or_far_too_large_is_not_read(tmp_path, spoil):
         envs.make("webshop", data=str(tmp_path))
 
 
+@pytest.mark.parametrize("groups, values", [(12, 10), (2, 400), (60, 2)])
+def test_a_product_with_endless_combinations_of_options_is_named(groups, values):
+    options = {f"part {g}": [f"v{v}" for v in range(values)] for g in range(groups)}
+    items = [article("lamp", "Lamp", "$9", options, [], "a lamp of parts")]
+    with pytest.raises(ValueError, match=rf"product {LAMP} has [\d,]+ combinations of options.*take it out"):
+        envs.Shop(items, {LAMP: INSTRUCTIONS[LAMP]})
+
+
 @pytest.mark.parametrize("play, says", [
     (lambda: envs.make("alfworld").notice, ""),
     (lambda: envs.make("alfworld", data="~/games"), "~/games/json_2.1.1 is not a folder"),
