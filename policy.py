@@ -238,16 +238,10 @@ class Chat:
         # A template that writes the date writes the same one tomorrow.
         today = datetime.date.fromisoformat(cfg.date) if cfg.date else datetime.date.today()
         tokenizer.chat_template = re.sub(r"strftime_now\s*\(\s*(['\"])(.*?)\1\s*\)", lambda m: repr(today.strftime(m[2])), template)
-        try:
-            with within(TEMPLATE_S, "a turn in its chat template"):
-                self.render("x")
-        except Exception:                                       # some templates want a system turn, and most can do without
+        if refusal := self.refusal():                           # some templates want a system turn, and most can do without
             self.before = [dict(role="system", content="You are a helpful assistant.")]
-        try:
-            with within(TEMPLATE_S, "a turn in its chat template"):
-                self.render("x")
-        except Exception as e:
-            raise UserError(f"--model {cfg.model}: its chat template takes no user turn ({one_line(e)}); use another model") from e
+            if self.refusal():
+                raise UserError(f"--model {cfg.model}: its chat template takes no user turn ({refusal}); use another model")
         added = tokenizer.added_tokens_decoder.items()
         ours = {i for i, t in added if t.content in TAGS}
         self.hidden = ({i for i, t in added if t.special} | set(tokenizer.all_special_ids)) - ours           # left out of texts
@@ -271,6 +265,15 @@ class Chat:
         for tag in TAGS:
             if tag not in self.text(tokenizer(tag, add_special_tokens=False).input_ids):
                 raise UserError(f"--model {cfg.model}: its tokenizer does not give {tag} back; use another instruct model")
+
+    def refusal(self) -> str:
+        """Why the template takes no turn; empty if it does."""
+        try:
+            with within(TEMPLATE_S, "a turn in its chat template"):
+                self.render("x")
+        except Exception as e:                                  # templates are programs, and may raise anything
+            return one_line(e)
+        return ""
 
     def render(self, user: str) -> str:
         """The prompt as text."""
