@@ -28,6 +28,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,7 @@ try:
         write_json,
         write_text,
     )
+    from tools.imitation import cold_start
     from tools.settings import flag, load_config, make_environment, resolve
     from tools.terminal import printable, say
 except ModuleNotFoundError as error:
@@ -440,6 +442,8 @@ def train_run(cfg: Config, lock: Lock, reason: str, checkpoint: Path | None) -> 
             save_checkpoint(folder, learner)        # before the first evaluation, which takes hours on a large model
         write_json(folder / "config.json", dataclasses.asdict(cfg))
         try:
+            if cfg.imitate and not learner.progress.milestones:
+                cold_start(learner, partial(record_evaluation, folder, learner))
             consume(learner, lock, Stop())
         except UserError as e:
             raise UserError(f"{e}; then go on with --resume {folder}") from e

@@ -140,7 +140,10 @@ class Config:
     dual_clip: float = setting(0.0, "dual clip for negative advantages, above 1; 0 is off [R: option, 3]", number(0))
     kl_beta: float = setting(0.01, "coefficient of the KL term, G8 [R]", number(0))
     minibatch: int = setting(256, "rows per optimizer step [R]")
-    warmup_max: int = setting(60, "iterations at most [O]", count(0), section="phase 0: warm-up")
+    imitate: int = setting(0, "won training games to imitate first if the base wins no game of the panel; 0: none [O]", count(0),
+                           section="phase 0: warm-up")
+    imitate_lr: float = setting(1e-4, "learning rate of the imitation [O]")
+    warmup_max: int = setting(60, "iterations at most [O]", count(0))
     n_req: int = setting(100, "distinct tasks solved before phase 1 [P: rule, O: number]", count(0))
     floor: float = setting(0.3, "plain success (mean of the last 3 iterations) before phase 1; above 1: never [O]", number(0))
     mining_max: int = setting(60, "iterations at most [O]", count(0), section="phase 1: mining and validation")

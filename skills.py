@@ -46,6 +46,7 @@ REASONS = ("unparsable", "control_token", "empty", "instance_specific", "too_lon
 MAX_WORDS = 40          # words in one skill, both halves together
 MAX_WORD_CHARS = 10     # mean characters a word, so that text written without spaces is bounded too
 OBSERVATION_CHARS = 200 # of each observation shown in the full mining prompt
+DIGITS = re.compile(r"\b([^\W\d_]+)\d+(?:[.,]\d+)*\b|\s*[#$]?\b\d+(?:[.,]\d+)*\b%?")      # apple2; and alone: 2, #3, $9.50
 
 # The prompt's form and its example. The example is about neither benchmark: the policy must find its skills itself.
 FORM = ("CONDITION", "STRATEGY")
@@ -119,12 +120,22 @@ class Skill:
 
 # ---- 2. Mining (S1) ----
 
+def kinds(text: str) -> str:
+    """The text without numbers, since a thing with a number is in one game only. A code such as b00x2 stays as it is.
+
+    >>> kinds("take apple 2 from  drawer 1")
+    'take apple from drawer'
+    """
+    return " ".join(DIGITS.sub(r"\1", text).split())
+
+
 def mining_prompt(goal: str, steps: Sequence[tuple[str, str]], style: str = "full", *,
                   max_words: int = MAX_WORDS) -> str:
     """S1: the user turn that shows the policy its own successful plain trajectory and asks for one skill.
 
-    `steps` holds (action, the observation that followed). "full" is for an instruct model; observations are cut to
-    OBSERVATION_CHARS. "compact" is for a tiny word-level policy: few fixed words, and the actions only.
+    `steps` holds (action, the observation that followed). "full" is for an instruct model: things are named by their
+    `kinds`, and observations are cut to OBSERVATION_CHARS. "compact" is for a tiny word-level policy: few fixed words, and
+    the actions only.
     The wording is ours. Raises ValueError for a trajectory without steps or an unknown style.
     """
     if not steps:
@@ -133,10 +144,10 @@ def mining_prompt(goal: str, steps: Sequence[tuple[str, str]], style: str = "ful
         return f"task: {goal}\nactions: {' ; '.join(action for action, _ in steps)}\nwrite a skill"
     if style != "full":
         raise ValueError(f"style is {style!r}, expected 'full' or 'compact'")
-    shorten = lambda text: textwrap.shorten(text, OBSERVATION_CHARS, placeholder=" ...")
-    shown = "\n".join(f"> {action}\n{shorten(observation)}" for action, observation in steps)
+    shorten = lambda text: textwrap.shorten(kinds(text), OBSERVATION_CHARS, placeholder=" ...")
+    shown = "\n".join(f"> {kinds(action)}\n{shorten(observation)}" for action, observation in steps)
     form, example = ("<skill>when {} -> {}</skill>".format(*halves) for halves in (FORM, EXAMPLE))
-    return (f"You have just completed this task: {goal}\n\n"
+    return (f"You have just completed this task: {kinds(goal)}\n\n"
             f"What you did (after >) and what you saw:\n{shown}\n\n"
             "Write down the one lesson from this success that would help you most with similar tasks.\n"
             "- CONDITION tells which tasks it is for, in the words such a task would use.\n"
@@ -155,7 +166,7 @@ def parse_skill(response: str, *, max_words: int = MAX_WORDS) -> tuple[str, str]
         unparsable         not one pair of tags, or not one arrow
         control_token      an angle bracket besides the arrow's (<|, |>, any tag), or an unprintable character
         empty              a half without a letter, or an echo of the prompt's form or example
-        instance_specific  a digit ("apple 2" exists in one game only)
+        instance_specific  a digit that is no number: a code exists in one game only. Numbers are dropped
         too_long           over max_words words, or over MAX_WORD_CHARS * max_words characters
 
     >>> parse_skill("So: <skill> When it is dark ->  do  find a lamp </skill>")
@@ -164,7 +175,7 @@ def parse_skill(response: str, *, max_words: int = MAX_WORDS) -> tuple[str, str]
     found = re.findall(r"<skill>(.*?)</skill>", response, re.IGNORECASE | re.DOTALL)
     if len(found) != 1:
         raise SkillRejected("unparsable")
-    body = " ".join(found[0].split())
+    body = kinds(found[0])
     if not body.isprintable() or re.search(r"<|(?<!-)>", body):
         raise SkillRejected("control_token")
     halves = [half.strip() for half in re.split(r"-+>", body)]

@@ -25,7 +25,7 @@ STEPS = [("go to fridge 1", "The fridge 1 is closed."), ("open fridge 1", "You s
 def test_full_mining_prompt_shows_task_actions_and_clipped_observations():
     prompt = skills.mining_prompt("put a cool apple in sinkbasin.", STEPS, max_words=17)
     assert "put a cool apple in sinkbasin." in prompt and "At most 17 words" in prompt
-    assert "> go to fridge 1\nThe fridge 1 is closed.\n> open fridge 1\nYou see a apple 2. ...\n" in prompt
+    assert "> go to fridge\nThe fridge is closed.\n> open fridge\nYou see a apple. ...\n" in prompt
 
 
 def test_compact_mining_prompt_is_exactly_task_and_actions():
@@ -44,6 +44,8 @@ def test_mining_prompt_refuses(steps, style, culprit):
     ("  WHEN it\n is\thot --> Do open a window ", "it is hot", "open a window"),
     ("it is hot -> do not open it", "it is hot", "do not open it"),
     ("whenever hot->dough rises", "whenever hot", "dough rises"),
+    ("needs apple 2 -> take 1 apple２ from countertop #3", "needs apple", "take apple from countertop"),
+    ("under $1,050.00 -> go 12.5% lower", "under", "go lower"),
 ])
 def test_parse_skill_accepts(body, condition, strategy):
     response = f"<think>when a -> b, price < 3</think> <SKILL>{body}</Skill> done"
@@ -60,8 +62,10 @@ def test_parse_skill_accepts(body, condition, strategy):
     ("<skill>when -> do</skill>", "empty"),
     ("<skill>when it is hot -> ...</skill>", "empty"),
     ("<skill>when CONDITION -> STRATEGY</skill>", "empty"),
-    ("<skill>needs apple -> take apple 2</skill>", "instance_specific"),
-    ("<skill>needs apple -> take apple２</skill>", "instance_specific"),
+    ("<skill>needs apple -> click b00x2</skill>", "instance_specific"),
+    ("<skill>needs apple -> take the 1st apple</skill>", "instance_specific"),
+    ("<skill>needs apple -> take apple²</skill>", "instance_specific"),
+    ("<skill>when 2 -> do 3</skill>", "empty"),
     ("<skill>hot -> open<|im_end|></skill>", "control_token"),
     ("<skill>hot -> <action>open</action></skill>", "control_token"),
     ("<skill><skill>hot -> open</skill>", "control_token"),

@@ -25,11 +25,11 @@ import envs
 import gigpo
 import siri
 import skills
-from conftest import HERE, config, learner_of, new_bank, slow
+from conftest import CHATML, HERE, config, learner_of, new_bank, slow, stranger_config, write_model
 from conftest import metrics as run_metrics
 from policy import Policy, UserError
 from run import ACTIONS, add_result, append_metrics, main, parse_arguments, save_sample
-from tools import bench, figures, metrics, probe, report
+from tools import bench, figures, imitation, metrics, probe, report
 from tools import play as terminal
 from tools.files import read_json, write_json
 from tools.metrics import wilson
@@ -740,7 +740,7 @@ def test_a_probe_counts_what_a_model_says(monkeypatch):
     monkeypatch.setattr(policy, "generate", lambda prompts, *_: [script[k % 4].format(p) for k, p in enumerate(prompts)])
     steps, _ = probe.ask(policy, env, 4, 2)
     assert (steps["n"], steps["parsable"], steps["admissible"]) == (8, 4, 2)
-    said = iter(["<skill>when a b -> do c</skill>", "<skill>when apple 2 -> c</skill>", "no", "<skill>when d -> e</skill>"])
+    said = iter(["<skill>when a b -> do c</skill>", "<skill>when b00x2 -> c</skill>", "no", "<skill>when d -> e</skill>"])
     monkeypatch.setattr(policy, "generate", lambda prompts, *_: [next(said) for _ in prompts])
     mined, _ = probe.mine(policy, env, 4)
     assert mined["well formed"] == 2 and mined["instance_specific"] == 1 and mined["unparsable"] == 1
@@ -757,3 +757,44 @@ def test_the_ways_that_are_known_win(world):
                 state = game.step(state, action)
             won += state.success
     assert won >= 9
+
+
+# ---- 9. a cold start ---------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("opening", ["", "<think>\n", "<think>\n\n</think>\n\n"])
+def test_an_answer_to_imitate_is_one_that_is_played(stranger_folder, tmp_path, opening):
+    """Also where the chat template has begun it: with a thought that is open, or an empty one."""
+    template = CHATML.replace("assistant\n{%", "assistant\n" + opening + "{%")
+    write_model(tmp_path, template=template)
+    policy = Policy(stranger_config(tmp_path))
+    ids, text = imitation.answer(policy, "go to desk 1")
+    assert policy.answer(ids) == opening + text and text.endswith("</action>") and policy.answer(ids).count("<think>") == 1
+    assert envs.parse_action(policy.answer(ids)) == "go to desk 1"
+
+
+def test_a_base_that_wins_nothing_imitates_and_one_that_wins_does_not(stranger_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(imitation, "GAMES_AT_ONCE", 2)
+    run = (f"--preset paper --no-4bit --generated --model {stranger_folder} --lora-r 4 --max-response 4 --max-steps 15 --panel 2 "
+           "--groups 1 --group-size 2 --warmup-max 1 --variant gigpo --mining-max 0 --distill-max 0 --imitate 6 --imitate-lr 0.01 --name x")
+    assert main(run.split()) == 0
+    out = capsys.readouterr().out
+    losses = [float(x) for x in re.findall(r"games imitated  (\S+) nats", out)]
+    assert len(losses) == 3 and losses[2] < 0.9 * losses[0]
+    labels = [r["label"] for r in json.loads((tmp_path / "runs" / "x" / "results.json").read_text())]
+    assert labels == ["before imitation", "base", "final"] and "6 games imitated" in out
+    real = siri.evaluate
+
+    def winning(*args, **more):
+        played = real(*args, **more)
+        played.episodes[0].success = True
+        return played
+
+    monkeypatch.setattr(siri, "evaluate", winning)
+    assert main([*run.split()[:-1], "y"]) == 0
+    assert "nothing is imitated" in (out := capsys.readouterr().out) and "games imitated" not in out
+
+
+def test_the_tiny_policy_imitates_nothing(capsys):
+    assert main(["--preset", "tiny", "--imitate", "3"]) == 2
+    assert capsys.readouterr().err.startswith("siri: --imitate 3: the tiny policy has been taught already; leave it out")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
-from envs import PROCESSES
+from envs import PROCESSES, State
 
 
 def display_names(ids: list[str]) -> dict[str, str]:
@@ -71,3 +72,15 @@ def winning_actions(env: Any, task: Any) -> list[str]:
     wanted = {str(option[1] if isinstance(option, tuple) else option).lower() for option in task.data.options}
     clicks = [f"click[{value}]" for values in product.options.values() for value in values if value.lower() in wanted]
     return [f"search[{product.name.lower()}]", f"click[{product.asin.lower()}]", *clicks, "click[buy now]"]
+
+
+def walked(env: Any, task: Any) -> Iterator[tuple[State, str, State]]:
+    """A winning way, played: the state before each action, the action, and the state that follows."""
+    with env.open(task) as game:
+        state = game.start
+        for action in winning_actions(env, task):
+            after = game.step(state, action)
+            yield state, action, after
+            if after.done:                          # won, or out of steps
+                return
+            state = after

@@ -18,7 +18,7 @@ import envs
 import siri
 import skills
 from policy import Policy, UserError
-from tools.oracle import winning_actions
+from tools.oracle import walked, winning_actions
 from tools.settings import make_environment, resolve
 from tools.terminal import say
 
@@ -70,12 +70,7 @@ def mine(policy: Policy, env: envs.Environment, wins: int) -> tuple[dict[str, An
     cfg, tasks, prompts = policy.cfg, env.tasks("train"), []
     for k in range(wins):
         task = tasks[(7 * k) % len(tasks)]
-        with_results, state, game = [], None, env.open(task)
-        state = game.start
-        for action in winning_actions(env, task):
-            state = game.step(state, action)
-            with_results.append((action, state.observation))
-        game.close()
+        with_results = [(action, after.observation) for _, action, after in walked(env, task)]
         prompts.append(policy.encode(skills.mining_prompt(task.goal, with_results, cfg.prompt_style, max_words=cfg.skill_words)))
     started = time.perf_counter()
     texts = [policy.answer(ids) for ids in policy.generate(prompts, cfg.temperature, max(cfg.max_response // 2, 24))]

@@ -119,6 +119,7 @@ def conflicts(cfg: Config, given: dict[str, Any]) -> Iterable[tuple[str, str]]:
          and (torch.cuda.is_available() or cfg.model == PRESETS[cfg.preset][cfg.env].get("model", Config.model)),
          f"it would train for days on generated games: {GET[cfg.env]}; or add --generated to want just that"),
         ("generated", cfg.generated and has_data(vars(cfg)), "data is given, too; leave one out, or unset $ALFWORLD_DATA"),
+        ("imitate", cfg.imitate and cfg.compact, f"the tiny policy has been taught already; leave it out, or {own}"),
         ("dual_clip", 0 < cfg.dual_clip <= 1, "must be above 1, or 0 for none"),
         ("tau_down", cfg.tau_down > cfg.tau_up, f"must not be above --tau-up {cfg.tau_up}"),
         ("penalty_inside", cfg.penalty_inside and cfg.baseline != "steps",
