@@ -29,7 +29,7 @@ import zlib
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from decimal import Decimal
 from functools import cache, lru_cache
@@ -112,32 +112,42 @@ class Environment(Protocol):
 
 
 class Games:
-    """The games of a rollout's groups, by number. A group whose environment raises, or pays what is no finite number, is lost: its
-    `step` gives None from then on, and why is added to `failures`. Raises MachineFault, which would lose every other group, too."""
+    """The games of a rollout's groups, by number; each is opened when it is first asked for. A group whose environment raises, or
+    pays what is no finite number, is lost: `start` and `step` give None from then on, and why is added to `failures`. Raises
+    MachineFault, which would lose every other group, too."""
 
     def __init__(self, env: Environment, tasks: Sequence[Task], failures: list[str]) -> None:
-        self.tasks, self.failures, self.lost, self.games, self.opened = tasks, failures, set[int](), dict[int, Game](), ExitStack()
-        for g, task in enumerate(tasks):
-            try:
-                self.games[g] = env.open(task)
-            except Exception as error:              # an environment may raise anything; the group is lost, the run is not
-                self.lose(g, error)
-            else:
-                self.opened.callback(self.games[g].close)
+        self.env, self.tasks, self.failures = env, tasks, failures
+        self.games, self.lost = dict[int, Game](), set[int]()
 
     def __enter__(self) -> Games:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.opened.close()
+        for g in [*self.games]:
+            self.close(g)
+
+    def close(self, g: int) -> None:
+        """Game `g` is over, or given up."""
+        if g in self.games:
+            self.games.pop(g).close()
 
     def lose(self, g: int, error: Exception) -> None:
         """Give a group up."""
         if isinstance(error, MachineFault):
-            self.opened.close()
             raise error
         self.lost.add(g)
         self.failures.append(f"{self.tasks[g].id}: {type(error).__name__}: {' '.join(str(error).split())}")
+        self.close(g)
+
+    def start(self, g: int) -> State | None:
+        """The state in which all rollouts of group `g` begin."""
+        try:
+            if g not in self.games and g not in self.lost:
+                self.games[g] = self.env.open(self.tasks[g])
+        except Exception as error:                  # an environment may raise anything; the group is lost, the run is not
+            self.lose(g, error)
+        return None if g in self.lost else self.games[g].start
 
     def step(self, g: int, state: State, action: str) -> State | None:
         """The state after an action in game `g`."""

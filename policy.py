@@ -29,7 +29,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 from typing import Any, Protocol, TypeVar
 
 import psutil
@@ -37,6 +37,7 @@ import torch
 from tqdm import tqdm
 
 import gigpo
+from decode import PREFILL, Ask, Decoder, Follow, Unservable, draw, in_lock_step, uniforms
 from tools.limits import within
 
 # Batches of any length leave no holes. Read by torch at the first look at the device, so here and not in `Policy`.
@@ -48,7 +49,7 @@ END_TAGS = ("</action>", "</skill>")        # a response ends here
 PROBE = "-siri-probe-"                      # a turn of no meaning, to see what a chat template writes around it
 ROLE = r"<[^\s<>]+>|\[/?[A-Z_]+\]|#{2,} *\w+:?|^\w+:"       # how templates mark roles in plain text
 TAIL = 16                                   # tokens in which an end tag is looked for
-PREFILL = 16384                             # padded prompt tokens read at once before generating: bounds their activations
+CHECKED = 8                                 # tokens of each answer that is compared when a model is loaded
 PROBE_ROWS = 8                              # rows of the first probe of generation: as many longest prompts fill a PREFILL
 CPU_TOKENS = 32768                          # padded tokens of a batch on a CPU, at most
 SPARE = 0.85                                # share of the memory limit that budgets may fill; the rest is for holes
@@ -190,6 +191,7 @@ def attach_adapter(model: Any, cfg: Settings, folder: Path | None) -> Any:
     """The base with a LoRA adapter on all linear layers, drawn from the seed, or with the tensors saved in `folder`. UserError
     for layers that can't carry one, tensors that don't fit, and an adapter that was made with other settings."""
     from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+    from peft.tuners.lora import LoraLayer
     from safetensors import SafetensorError
     from safetensors.torch import load_file
     torch.manual_seed(cfg.seed)
@@ -199,6 +201,9 @@ def attach_adapter(model: Any, cfg: Settings, folder: Path | None) -> Any:
     except Exception as e:                      # peft's errors are of any type
         raise UserError(f"--model {cfg.model}: cannot carry a LoRA adapter on all of its linear layers ({one_line(e)}); use "
                         "another model") from e
+    for module in adapted.modules():
+        if isinstance(module, LoraLayer):
+            module.forward = MethodType(lora_forward, module)
     if folder is None:
         return adapted
     # Of a saved adapter only the numbers are taken: what it is made of is known, and a file from elsewhere has no say in it.
@@ -215,6 +220,31 @@ def attach_adapter(model: Any, cfg: Settings, folder: Path | None) -> Any:
     except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as e:
         raise UserError(f"{folder}: its adapter cannot be loaded ({one_line(e)}); use another checkpoint") from e
     return adapted
+
+
+def lora_forward(layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """An adapted layer, y = W x + s B A x, with products in the precision of the base (sums of products are fp32 anyway). The
+    adapter's own weights stay fp32, for the optimizer. peft would cast x up and the product down in each layer, which on a GPU
+    takes longer than the products."""
+    y = layer.base_layer(x, *args, **kwargs)
+    if layer.disable_adapters:
+        return y
+    weights, scale, flat = [layer.lora_A["default"].weight, layer.lora_B["default"].weight], layer.scaling["default"], y.shape[-1]
+    if torch.is_grad_enabled() or weights[0].dtype == x.dtype:
+        a, b = (w.to(x.dtype) for w in weights)
+    else:           # copies in the base's precision, made once for each update, at places that a CUDA graph may remember
+        versions = [w._version for w in weights]
+        if getattr(layer, "copied", None) != versions:
+            layer.copies = getattr(layer, "copies", None) or [torch.empty_like(w, dtype=x.dtype) for w in weights]
+            for copy, w in zip(layer.copies, weights):
+                copy.copy_(w)
+            layer.copied = versions
+        a, b = layer.copies
+    hidden = torch.nn.functional.linear(x, a).view(-1, a.shape[0])                                  # (B T, r)
+    if torch.is_grad_enabled():
+        return torch.addmm(y.view(-1, flat), hidden, b.t(), alpha=scale).view_as(y)
+    y.view(-1, flat).addmm_(hidden, b.t(), alpha=scale)
+    return y
 
 
 def one_line(error: Exception) -> str:
@@ -345,35 +375,35 @@ class Policy:
         # Tags of several tokens are found in the text instead, after any token that has a ">".
         known = self.tokenizer.get_added_vocab()
         spelled = not all(t in known for t in END_TAGS)
-        self.closing = torch.tensor([i for t, i in self.tokenizer.get_vocab().items() if ">" in t and spelled],
-                                    dtype=torch.long, device=self.device)
+        self.closing = {i for t, i in self.tokenizer.get_vocab().items() if ">" in t and spelled}
         self.pad: int = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.stops[0]
         self.model.generation_config = GenerationConfig(eos_token_id=self.stops, pad_token_id=self.pad)  # not the model's own
         self.gen_tokens, self.update_tokens = cfg.gen_tokens, cfg.update_tokens
+        self.work: Counter[str] = Counter()     # of decoding: steps, and in them rows live and computed
+        self.lock_step = ""                     # why answers come from `generate`, batch by batch, and not from the decoder
         self.check()
         self.fit()
 
     @torch.no_grad()
     def check(self) -> None:
         """UserError unless the log-probabilities that are trained are those that sampling uses, on prompts of unequal length and
-        with an adapter that does something: a model may scale or mask in ways that `logprobs` does not know."""
-        from transformers import GenerationConfig, LogitsProcessorList
-        prompts, dice = [self.encode("look " * n) for n in (1, 30, 7)], torch.Generator().manual_seed(0)
-        ids, mask = self.pad_batch(prompts)
+        with an adapter that does something: a model may scale or mask in ways that `logprobs` does not know. And where the
+        decoder's answers are not those of `generate`, it isn't used."""
+        prompts, dice = [self.encode("look " * n) for n in (1, 30, 7, 19, 2, 11, 24, 4)], torch.Generator().manual_seed(0)
         adapter = [(p, p.clone()) for name, p in self.model.named_parameters() if "lora_B" in name]
+        # In bf16 the kernels of one token and of many round apart; what is not known moves whole nats.
+        noise = 1e-3 if self.model.dtype == torch.float32 else 0.3
         try:
             for p, _ in adapter:
                 p.copy_(torch.randn(p.shape, generator=dice) * 0.005)
-            said = self.model.generate(
-                input_ids=ids, attention_mask=mask, logits_processor=LogitsProcessorList([self.mask_padded_vocabulary]),
-                generation_config=GenerationConfig(
-                    do_sample=False, max_new_tokens=3, min_new_tokens=3, pad_token_id=self.pad, eos_token_id=self.stops,
-                    prefill_chunk_size=32, output_logits=True, return_dict_in_generate=True))
-            logits = torch.stack(said.logits, 1)[..., :self.vocab].float() / self.cfg.temperature             # (B, 3, V)
-            tokens = said.sequences[:, ids.shape[1]:]                                                         # (B, 3)
-            sampled = logits.log_softmax(-1).gather(-1, tokens[..., None]).flatten()                          # (3 B,)
+            tokens, logits = self.reference_answers(prompts, CHECKED)                               # (B, n), (B, n, V)
+            sampled = (logits / self.cfg.temperature).log_softmax(-1).gather(-1, tokens[..., None]).flatten()
             self.model.train()                                                  # as in an update
             trained, _ = self.logprobs([SimpleNamespace(prompt=q, response=r) for q, r in zip(prompts, tokens.tolist())])
+            self.model.eval()
+            off = (trained - sampled).abs().mean().item()
+            if off < noise:
+                self.lock_step = self.decoder_differs(prompts, tokens, logits, noise)
         except Exception as e:
             if isinstance(e, UserError) or out_of_memory(e):
                 raise
@@ -382,11 +412,39 @@ class Policy:
             self.model.eval()
             for p, saved in adapter:
                 p.copy_(saved)
-        off = (trained - sampled).abs().mean().item()
-        # In bf16 the kernels of one token and of many round apart; what is not known moves whole nats.
-        if not off < (1e-3 if self.model.dtype == torch.float32 else 0.3):
+        if not off < noise:
             raise UserError(f"--model {self.cfg.model}: the log-probabilities that would be trained are {off:.2g} nats a token off "
                             "those that it samples with: its architecture needs what is not here; use another model")
+
+    def reference_answers(self, prompts: Sequence[list[int]], n: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The n likeliest next tokens of each prompt, in turn, as `generate` finds them: ids (B, n), and logits (B, n, V)."""
+        from transformers import GenerationConfig, LogitsProcessorList
+        ids, mask = self.pad_left(prompts)
+        said = self.model.generate(
+            input_ids=ids, attention_mask=mask, logits_processor=LogitsProcessorList([self.mask_padded_vocabulary]),
+            generation_config=GenerationConfig(
+                do_sample=False, max_new_tokens=n, min_new_tokens=n, pad_token_id=self.pad, eos_token_id=self.stops,
+                prefill_chunk_size=32, output_logits=True, return_dict_in_generate=True))
+        return said.sequences[:, ids.shape[1]:], torch.stack(said.logits, 1)[..., :self.vocab].float()
+
+    def decoder_differs(self, prompts: Sequence[list[int]], tokens: torch.Tensor, logits: torch.Tensor, noise: float) -> str:
+        """Why the decoder can't be used; empty if it answers as `generate` did, up to choices that were even within `noise`."""
+        said: dict[int, list[int]] = {}
+        try:
+            self.decoder(len(prompts), max(map(len, prompts)) + tokens.shape[1]).answer(
+                enumerate((ids, 0) for ids in prompts), said.__setitem__, lambda ids: False, 0.0, tokens.shape[1])
+        except Exception as e:          # an architecture may want anything
+            if out_of_memory(e):
+                raise
+            return str(e) if isinstance(e, Unservable) else one_line(e)
+        for i, row in enumerate(tokens.tolist()):
+            for k, (ours, theirs) in enumerate(zip(said[i], row)):
+                if ours != theirs:
+                    gap = (logits[i, k, theirs] - logits[i, k, ours]).item()
+                    if not gap < noise:
+                        return f"it would give other tokens (a choice that is {gap:.2g} nats worse)"
+                    break               # what follows a tie may be anything
+        return ""
 
     # ---- 2. Prompts in, answers out ----------------------------------------------------------------------------
 
@@ -413,57 +471,92 @@ class Policy:
         """The text of token ids, control tokens left out."""
         return self.chat.text(ids)
 
-    def generate(self, prompts: Sequence[list[int]], temperature: float, max_new: int) -> list[list[int]]:
-        """Sample one response per prompt (at most `max_new` ids, the stop token included), in batches of prompts of like
-        length within `gen_tokens`. Temperature 0 is greedy. UserError if not even a single row fits into memory."""
-        # Prompts of like length share a batch, so that little is padding; answers that are there survive a second try.
+    def generate(self, prompts: Sequence[list[int]], temperature: float, max_new: int,
+                 dice: Sequence[int] | None = None) -> list[list[int]]:
+        """Sample one response per prompt (at most `max_new` ids, the stop token included), drawn with the prompts' streams of
+        random numbers, by default their places. Temperature 0 is greedy. UserError as `converse`."""
         out: list[list[int]] = [[] for _ in prompts]
-
-        def work() -> None:
-            missing = [i for i, ids in enumerate(out) if not ids]
-            for batch in microbatches(missing, lambda i: len(prompts[i]) + max_new, self.gen_tokens):
-                for i, ids in zip(batch, self.sample([prompts[i] for i in batch], temperature, max_new)):
-                    out[i] = ids
-
-        self.retry("gen_tokens", work)
+        asks = enumerate(zip(prompts, range(len(prompts)) if dice is None else dice))
+        if prompts:
+            self.converse(asks, out.__setitem__, temperature, max_new, len(prompts), max(map(len, prompts)))
         return out
 
+    def converse(self, asks: Iterable[tuple[int, Ask]], follow: Follow, temperature: float, max_new: int, at_once: int,
+                 longest: int = 0) -> None:
+        """Sample a response to each of the numbered prompts; `follow(i, ids)` takes that of number i, and returns what i is asked
+        next, or None. At most `at_once` are answered together, others are read from `asks` when there is room; no prompt is
+        longer than `longest`, by default `max_prompt`. How rows share batches (`gen_tokens`) is not seen in any response.
+        UserError if not even a single row fits into memory."""
+        fresh, unheard = iter(asks), dict[int, Ask]()
+
+        def waiting() -> Iterable[tuple[int, Ask]]:
+            yield from [*unheard.items()]               # of a try that ran out of memory; what was heard before is kept
+            for i, one in fresh:
+                unheard[i] = one
+                yield i, one
+
+        def heard(i: int, ids: list[int]) -> Ask | None:
+            del unheard[i]
+            if (more := follow(i, ids)) is not None:
+                unheard[i] = more
+            return more
+
+        self.retry("gen_tokens", lambda: self.answer_all(
+            waiting(), heard, temperature, max_new, at_once, longest or self.cfg.max_prompt))
+
+    def answer_all(self, asks: Iterable[tuple[int, Ask]], follow: Follow, temperature: float, max_new: int, at_once: int,
+                   longest: int) -> None:
+        """`converse` by the decoder, or in lock step by `generate`, where prompts of like length share a batch."""
+        def speak(asks: list[Ask]) -> list[list[int]]:
+            said: dict[int, list[int]] = {}
+            for batch in microbatches(range(len(asks)), lambda i: len(asks[i][0]) + max_new, self.gen_tokens or 10**9):
+                said.update(zip(batch, self.sample([asks[i] for i in batch], temperature, max_new)))
+            return [said[i] for i in range(len(asks))]
+
+        if self.lock_step:
+            return in_lock_step(asks, follow, speak, at_once)
+        rows = min(at_once, max(1, self.gen_tokens // (longest + max_new)) if self.gen_tokens else at_once)
+        self.decoder(rows, longest + max_new).answer(asks, follow, self.ended, temperature, max_new)
+
+    def decoder(self, rows: int, length: int) -> Decoder:
+        """A decoder of so many rows of so many tokens, which counts its work in ours."""
+        model = self.model.get_base_model()
+        return Decoder(model, output_head(model), rows, length, self.vocab, self.work)
+
+    def ended(self, ids: list[int]) -> bool:
+        """Whether a response ends with its last token: a stop token, or the one that completes an end tag."""
+        return ids[-1] in self.stops or ids[-1] in self.closing and any(
+            tag in self.tokenizer.decode(ids[-TAIL:]) for tag in END_TAGS)
+
     @torch.no_grad()
-    def sample(self, prompts: Sequence[list[int]], temperature: float, max_new: int) -> list[list[int]]:
-        """One batch of `generate`."""
+    def sample(self, asks: Sequence[Ask], temperature: float, max_new: int) -> list[list[int]]:
+        """One batch of answers by `generate`: the reference for the decoder, and what serves where that can't."""
         from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
-        ids, mask = self.pad_batch(prompts)                                                        # (B, T) left-padded
-        start, ended = ids.shape[1], dict[int, int]()
+        ids, mask = self.pad_left([prompt for prompt, _ in asks])                                  # (B, T)
+        start, numbers = ids.shape[1], uniforms([dice for _, dice in asks], max_new).to(self.device)     # (B, max_new)
 
-        def closes_a_tag(ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
-            done = torch.isin(ids[:, -1], self.closing)                                            # (B,)
-            for b in done.nonzero().flatten().tolist():
-                text = self.tokenizer.decode(ids[b, max(start, ids.shape[1] - TAIL):])
-                done[b] = any(tag in text for tag in END_TAGS)
-                if done[b]:
-                    ended.setdefault(b, ids.shape[1] - start)
-            return done
+        def drawn(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            chosen = draw(scores, numbers[:, ids.shape[1] - start], temperature, self.vocab)       # (B,)
+            return torch.full_like(scores, -math.inf).scatter_(1, chosen[:, None], 0.0)
 
-        # No top-k, top-p or penalty: what is sampled from is what `logprobs` trains.
-        config = GenerationConfig(
-            do_sample=temperature > 0, temperature=temperature or 1.0, top_k=0, top_p=1.0, max_new_tokens=max_new,
-            eos_token_id=self.stops, pad_token_id=self.pad, use_cache=True,
-            prefill_chunk_size=max(32, PREFILL // len(prompts)))
-        tokens = self.model.generate(
-            input_ids=ids, attention_mask=mask, generation_config=config,
-            logits_processor=LogitsProcessorList([self.mask_padded_vocabulary]),
-            stopping_criteria=StoppingCriteriaList([closes_a_tag] if len(self.closing) else []))
-        # Rows that ended early were padded by `generate`: cut each after its stop token, or its end tag.
-        rows = tokens[:, start:].tolist()
-        return [row[:min(ended.get(b, len(row)), next((k + 1 for k, t in enumerate(row) if t in self.stops), len(row)))]
-                for b, row in enumerate(rows)]
+        def all_ended(ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
+            return torch.tensor([self.ended(row) for row in ids[:, start:].tolist()], device=self.device)
+
+        # No top-k, top-p or penalty: what is sampled from is what `logprobs` trains. The draw leaves one choice.
+        config = GenerationConfig(do_sample=False, max_new_tokens=max_new, eos_token_id=self.stops, pad_token_id=self.pad,
+                                  use_cache=True, prefill_chunk_size=max(32, PREFILL // len(asks)))
+        tokens = self.model.generate(input_ids=ids, attention_mask=mask, generation_config=config,
+                                     logits_processor=LogitsProcessorList([drawn]),
+                                     stopping_criteria=StoppingCriteriaList([all_ended]))
+        # Rows that ended early were padded by `generate`: each is cut where it ended.
+        return [next((row[:k] for k in range(1, len(row)) if self.ended(row[:k])), row) for row in tokens[:, start:].tolist()]
 
     def mask_padded_vocabulary(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """A logits processor: sets the scores (B, V) of ids that the tokenizer doesn't have to -inf, in place."""
         scores[:, self.vocab:] = -math.inf
         return scores
 
-    def pad_batch(self, rows: Sequence[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    def pad_left(self, rows: Sequence[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Left-pad to (B, T) ids and attention mask."""
         width = max(map(len, rows))
         ids = torch.tensor([[self.pad] * (width - len(r)) + r for r in rows], device=self.device)
@@ -476,11 +569,13 @@ class Policy:
         """Log-probability (for G7, G8, S9) and entropy, in nats at the training temperature, of every response token,
         the responses end to end: two fp32 tensors of shape (N,). Only the first has a gradient."""
         model = self.model.get_base_model()
-        ids, mask = self.pad_batch([r.prompt + r.response for r in rows])                       # (B, T)
-        hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False,
-                                  position_ids=(mask.cumsum(-1) - 1).clamp(min=0)).last_hidden_state    # (B, T, H)
+        # Padding on the right is seen by no token before it: without a mask, attention takes its fast kernels.
+        width = max(len(r.prompt) + len(r.response) for r in rows)
+        ids = torch.tensor([[*r.prompt, *r.response] + [self.pad] * (width - len(r.prompt) - len(r.response)) for r in rows],
+                           device=self.device)                                                    # (B, T)
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state               # (B, T, H)
         # A token is predicted by the state before it, so the logits of prompts, most of a batch, are never computed.
-        states = torch.cat([hidden[b, -len(r.response) - 1:-1] for b, r in enumerate(rows)])      # (N, H)
+        states = torch.cat([hidden[b, len(r.prompt) - 1:len(r.prompt) + len(r.response) - 1] for b, r in enumerate(rows)])  # (N, H)
         targets = torch.tensor([t for r in rows for t in r.response], device=self.device)         # (N,)
         return gigpo.token_logprobs(states, output_head(model), targets,
                                     temperature=self.cfg.temperature, vocab=self.vocab)
@@ -550,8 +645,9 @@ class Policy:
 
         # Two probes of each kind of work are a line: what is taken anyway, and what a token takes more.
         if not self.gen_tokens:
-            self.gen_tokens = self.budget(lambda rows: self.sample([longest.prompt] * rows, 1.0, 2), PROBE_ROWS,
-                                          len(longest.prompt) + 2, SPARE * limit - adam)
+            width = len(longest.prompt)
+            probe = lambda rows: self.answer_all(enumerate([(longest.prompt, 0)] * rows), lambda *_: None, 1.0, 2, rows, width)
+            self.gen_tokens = self.budget(probe, PROBE_ROWS, width + 2, SPARE * limit - adam)
         if not self.update_tokens:
             self.update_tokens = self.budget(update, 1, len(longest.prompt) + len(longest.response), SPARE * limit - adam)
 

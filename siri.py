@@ -47,6 +47,7 @@ import distill
 import envs
 import gigpo
 import skills
+from decode import Ask
 from policy import Policy, UserError, make_optimizer
 from skills import count, number
 
@@ -243,39 +244,61 @@ def fit_prompt(policy: Policy, e: Episode, skill: skills.Skill | None) -> list[i
 
 
 def rollout(policy: Policy, env: envs.Environment, plan: Plan, temperature: float,
-            failures: list[str] | None = None) -> list[Group]:
+            failures: list[str] | None = None, dice: int = 0) -> list[Group]:
     """Play every group of the plan: a task, and for each of its rollouts a skill or None. Groups come back in its order.
 
-    An environment that raises loses its group: the group comes back empty and the cause is appended to `failures`. An episode that
-    reaches a state whose prompt can't be cut to `max_prompt` ends there, unsolved, with `overlong` set. UserError for such a
-    prompt of a first step, for a row that doesn't fit into memory, and where the machine fails.
+    `dice` is the number that chance comes from: each token is drawn by (dice, task, rollout, step, position), so an episode is the
+    same in whatever batch. An environment that raises loses its group: the group comes back empty and the cause is appended to
+    `failures`. An episode that reaches a state whose prompt can't be cut to `max_prompt` ends there, unsolved, with `overlong`
+    set. UserError for such a prompt of a first step, for a row that doesn't fit into memory, and where the machine fails.
     """
     groups = [[Episode(task, skill) for skill in dealt] for task, dealt in plan]
+    players = [(g, e) for g, group in enumerate(groups) for e in group]
+    rollouts: Counter[str] = Counter()                                      # of each task, over all of its groups
+    streams = [(e.task.id, rollouts.update([e.task.id]) or rollouts[e.task.id]) for _, e in players]
+    playing = Counter(g for g, _ in players)
+
+    def ask(i: int) -> Ask:
+        """What the policy is asked next in episode i."""
+        e = players[i][1]
+        return e.prompt, stable_seed(dice, *streams[i], len(e.steps))
+
+    def begin() -> Iterable[tuple[int, Ask]]:
+        """The first question of each episode, in turn; all rollouts of a group start in one state, which makes them comparable."""
+        for i, (g, e) in enumerate(players):
+            if (start := games.start(g)) is not None:
+                e.state = start
+                e.prompt = fit_prompt(policy, e, e.skill)
+                yield i, ask(i)
+
+    def play_on(i: int, response: list[int]) -> Ask | None:
+        """Take the step that the policy answered in episode i; the next question, if the episode goes on."""
+        g, e = players[i]
+        # What can't be parsed is sent as "", which no world admits: it costs a step, and c of G6 [O].
+        text = policy.answer(response)
+        action = envs.parse_action(text) or ""
+        if (after := games.step(g, e.state, action)) is None:
+            return None
+        # S9 distils into the prompt that there would have been without the skill: it is kept beside the real one.
+        plain = fit_prompt(policy, e, None) if e.skill else None
+        e.steps.append(Step(e.prompt, response, text, action, e.state.observation, e.state.anchor, plain,
+                            after.observation, after.reward, bool(action) and after.valid))
+        e.state, e.success, e.score, e.prompt = after, after.success, after.score, []
+        try:
+            if not after.done:
+                e.prompt = fit_prompt(policy, e, e.skill)
+                return ask(i)
+        except UserError as error:
+            e.overlong = str(error)
+        playing[g] -= 1
+        if not playing[g]:
+            games.close(g)
+        return None
+
     try:
         with envs.Games(env, [task for task, _ in plan], [] if failures is None else failures) as games:
-            live = [(g, e) for g, game in games.games.items() for e in groups[g]]
-            for g, e in live:
-                e.state = games.games[g].start      # the same for all rollouts of a group: that makes them comparable
-                e.prompt = fit_prompt(policy, e, e.skill)
-            # All unfinished rollouts of all groups take their next step in one generation batch.
-            while live:
-                responses = policy.generate([e.prompt for _, e in live], temperature, policy.cfg.max_response)
-                for (g, e), response in zip(live, responses):
-                    # What can't be parsed is sent as "", which no world admits: it costs a step, and c of G6 [O].
-                    text = policy.answer(response)
-                    action = envs.parse_action(text) or ""
-                    if (after := games.step(g, e.state, action)) is None:
-                        continue
-                    # S9 distils into the prompt that there would have been without the skill: it is kept beside the real one.
-                    plain = fit_prompt(policy, e, None) if e.skill else None
-                    e.steps.append(Step(e.prompt, response, text, action, e.state.observation, e.state.anchor, plain,
-                                        after.observation, after.reward, bool(action) and after.valid))
-                    e.state, e.success, e.score = after, after.success, after.score
-                    try:
-                        e.prompt = [] if after.done else fit_prompt(policy, e, e.skill)
-                    except UserError as error:
-                        e.overlong = str(error)
-                live = [(g, e) for g, e in live if not (g in games.lost or e.state.done or e.overlong)]
+            # Episodes don't wait for each other: one that has its answer takes its step, and its next prompt joins the batch.
+            policy.converse(begin(), play_on, temperature, policy.cfg.max_response, policy.cfg.groups * policy.cfg.group_size)
     except envs.MachineFault as error:
         raise UserError(str(error)) from error
     return [[] if g in games.lost else group for g, group in enumerate(groups)]
@@ -465,14 +488,16 @@ def update(policy: Policy, optimizer: torch.optim.Optimizer, rl: Sequence[Row], 
         n_steps = max(n_steps, math.ceil(len(internal) / cfg.distill_rows) * cfg.distill_epochs)
         order = np.concatenate([rng.permutation(len(internal)) for _ in range(cfg.distill_epochs)])
     # RL rows are spread over as many steps as internalization needs, so that their KL term holds the policy all the while.
-    shares = zip(np.array_split(rng.permutation(len(rl)), n_steps), np.array_split(order, n_steps))
+    shares = [*zip(np.array_split(rng.permutation(len(rl)), n_steps), np.array_split(order, n_steps))]
     signal = [r for r in rl if r.advantage != 0.0]
-    unknown = [None] * len(signal)
-    old = policy.frozen_logprobs(signal) if n_steps > 1 else unknown        # else the policy is still the one that sampled
-    with policy.model.disable_adapter():                                    # the reference is the policy without its adapter
-        reference = policy.frozen_logprobs(signal) if cfg.kl_beta else unknown
-    for r, logp_old, logp_ref in zip(signal, old, reference):
-        r.old, r.reference = logp_old, logp_ref
+    # In the first step the policy is still the one that sampled: the ratio of G7 is 1, whatever its old log-probabilities.
+    later = [rl[i] for share, _ in shares[1:] for i in share if rl[i].advantage != 0.0]
+    for r, logp in zip(later, policy.frozen_logprobs(later)):
+        r.old = logp
+    if cfg.kl_beta:
+        with policy.model.disable_adapter():                                # the reference is the policy without its adapter
+            for r, logp in zip(signal, policy.frozen_logprobs(signal)):
+                r.reference = logp
     total: Counter = Counter()
     policy.model.train()
     for rl_share, int_share in shares:
@@ -587,13 +612,6 @@ class Milestone:
 Events = Generator[Iteration | Evaluation | Milestone, None, Any]
 
 
-def begin_iteration(learner: Learner) -> Iteration:
-    """Set the dice and start the clock."""
-    p = learner.progress
-    torch.manual_seed(stable_seed(learner.cfg.seed, "train", p.iteration))
-    return Iteration(p.iteration, p.phase)
-
-
 def next_tasks(learner: Learner) -> list[envs.Task]:
     """The next `groups` training tasks: a new seeded permutation of the split for every pass over it."""
     cfg, p, tasks, drawn = learner.cfg, learner.progress, learner.env.tasks("train"), []
@@ -635,7 +653,8 @@ def mine(learner: Learner) -> list[skills.Skill]:
     # A prompt is cut from the left: of a long story the end is what won.
     prompts = [policy.encode(skills.mining_prompt(w["goal"], w["steps"], cfg.prompt_style,
                                                   max_words=cfg.skill_words))[-4 * cfg.max_prompt:] for w in wins]
-    for win, ids in zip(wins, policy.generate(prompts, cfg.temperature, max(cfg.max_response // 2, 24))):
+    dice = [stable_seed(cfg.seed, "mine", p.iteration, w["task"]) for w in wins]
+    for win, ids in zip(wins, policy.generate(prompts, cfg.temperature, max(cfg.max_response // 2, 24), dice)):
         try:
             condition, strategy = skills.parse_skill(policy.answer(ids), max_words=cfg.skill_words)
             accepted.append(bank.add(condition, strategy, p.iteration, win["task"]))
@@ -647,7 +666,8 @@ def mine(learner: Learner) -> list[skills.Skill]:
 def play(learner: Learner, it: Iteration, plan: Plan) -> None:
     """Roll the plan out, and find what each rollout was worth: advantages, effects, and what to keep for phase 2."""
     cfg, p, bank = learner.cfg, learner.progress, learner.bank
-    for group in rollout(learner.policy, learner.env, plan, cfg.temperature, it.failures):
+    dice = stable_seed(cfg.seed, "train", p.iteration)
+    for group in rollout(learner.policy, learner.env, plan, cfg.temperature, it.failures, dice):
         # A lost group teaches nothing: its failure was the environment's or max_prompt's, not the policy's.
         if overlong := next((e.overlong for e in group if e.overlong), ""):
             it.failures.append(overlong)
@@ -722,7 +742,7 @@ def warm_up(learner: Learner) -> Events:
     """Phase 0 [P]: GiGPO (G1-G8) on plain prompts, until the policy has wins to learn from: skills that are mined from a
     naive policy are noise. (`gigpo`, the baseline, is this phase for as long as all three would take.)"""
     while not (reason := budget_spent(learner) or enough_solved(learner)):
-        it = begin_iteration(learner)
+        it = Iteration(learner.progress.iteration, learner.progress.phase)
         play(learner, it, plain_plan(learner))
         yield learn(learner, it)
     return reason
@@ -732,7 +752,7 @@ def mine_and_validate(learner: Learner) -> Events:
     """Phase 1 [P]: the policy writes skills from its wins (S1), paired rollouts measure them (S3-S5), and good ones are
     promoted, bad ones retired (S2, S6). It keeps learning by GiGPO from both halves of each group."""
     while not (reason := budget_spent(learner) or enough_active(learner)):
-        it = begin_iteration(learner)
+        it = Iteration(learner.progress.iteration, learner.progress.phase)
         # Mined first, so that a skill can be tried in the iteration in which it was written.
         if learner.age % learner.cfg.mine_every == 0:
             it.mined = mine(learner)
@@ -745,7 +765,7 @@ def internalize(learner: Learner) -> Events:
     """Phase 2 [P]: as phase 1, with nothing mined; and what a good skill led to is distilled into the plain prompt's policy
     (S7-S10), until the skill is not needed."""
     while not (reason := budget_spent(learner)):
-        it = begin_iteration(learner)
+        it = Iteration(learner.progress.iteration, learner.progress.phase)
         play(learner, it, paired_plan(learner, explore=False))
         rows, lam = gated_rows(learner)
         yield learn(learner, it, rows, lam)
@@ -826,18 +846,14 @@ def evaluate(policy: Policy, env: envs.Environment, panel: Sequence[envs.Task], 
              bank: skills.SkillBank | None = None) -> Evaluation:
     """Play every game of the panel once. Without a bank, the plain prompt and nothing else; the bank is for the ablation.
 
-    The same games and the same seed whatever the checkpoint, and the state of training is left as it was. A game that its
+    The same games and the same dice whatever the checkpoint. A game that its
     environment lost is left out, as it says nothing of the policy; one that ended at a prompt too long for it is not solved.
     UserError as `rollout`, and if too many were lost.
     """
     # One seed for all checkpoints and variants, so that they meet the same dice on the same games: comparisons are paired.
-    torch.manual_seed(stable_seed(0, "evaluate"))
-    failures: list[str] = []
-    episodes, started, at_once = [], time.perf_counter(), max(1, cfg.groups * cfg.group_size)
-    for i in range(0, len(panel), at_once):
-        plan = [(t, [bank.retrieve(t.goal, explore=False) if bank else None]) for t in panel[i:i + at_once]]
-        groups = rollout(policy, env, plan, cfg.eval_temperature, failures)
-        episodes += [group[0] for group in groups if group]
+    failures, started, dice = list[str](), time.perf_counter(), stable_seed("evaluate")
+    plan = [(task, [bank.retrieve(task.goal, explore=False) if bank else None]) for task in panel]
+    episodes = [e for group in rollout(policy, env, plan, cfg.eval_temperature, failures, dice) for e in group]
     if too_many_lost(len(failures), len(panel)) or not episodes:
         raise UserError(f"{len(failures)} of the panel's {len(panel)} games were lost (limit {LOST_AT_MOST:.0%}); the last: "
                         f"{failures[-1]}; mend the environment or its data")

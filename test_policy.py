@@ -22,9 +22,23 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import decode
 import envs
 import siri
-from conftest import CHATML, HERE, TINY, awake, close, gradient, offline, some_rows, stranger_config, write_model, write_tokenizer
+from conftest import (
+    CHATML,
+    HERE,
+    TINY,
+    awake,
+    close,
+    gradient,
+    offline,
+    scripted,
+    some_rows,
+    stranger_config,
+    write_model,
+    write_tokenizer,
+)
 from policy import PROBE_ROWS, Policy, UserError, free_memory, out_of_memory
 
 # ---- 1. the policy ---------------------------------------------------------------------------------------------------
@@ -54,7 +68,6 @@ def test_the_sampled_policy_is_the_trained_one(stranger, monkeypatch, temperatur
     """Frequencies of 4,000 sampled tokens against `logprobs`, by chi-square; a model's generation_config has no say."""
     monkeypatch.setattr(stranger, "cfg", dataclasses.replace(stranger.cfg, temperature=temperature))
     prompt, n = stranger.encode("look"), 4000
-    torch.manual_seed(0)
     drawn = Counter(ids[0] for ids in stranger.generate([prompt] * n, temperature, 1))
     with torch.no_grad():
         logp, entropy = stranger.logprobs([siri.Row(prompt, [token]) for token in range(stranger.vocab)])
@@ -66,33 +79,6 @@ def test_the_sampled_policy_is_the_trained_one(stranger, monkeypatch, temperatur
     seen, expected = (np.append(x[common], x[~common].sum()) for x in (seen, expected))
     df = len(seen) - 1
     assert ((seen - expected) ** 2 / expected).sum() < df + 4 * math.sqrt(2 * df)
-
-
-@pytest.mark.parametrize("name", ["policy", "stranger"])
-def test_greedy_responses_do_not_depend_on_their_batch(request, name):
-    policy = request.getfixturevalue(name)
-    prompts = [row.prompt for row in some_rows(policy)]
-    together = policy.generate(prompts, 0.0, 8)
-    assert together == [policy.generate([prompt], 0.0, 8)[0] for prompt in prompts]
-    assert len({tuple(ids) for ids in together}) > 1
-
-
-def test_a_response_ends_with_the_token_that_completes_an_end_tag(stranger, monkeypatch):
-    """The tags are several tokens here, and the prompt has them too. The model is made to say what is on the script."""
-    texts = ["<think>so</think><action>look</action> and on and on", "</skill>", "a > b", "</action <|im_end|> c"]
-    scripts = [stranger.tokenizer.encode(text, add_special_tokens=False) for text in texts]
-    prompts = [stranger.encode("say <action>this</action>" * (n + 1)) for n in range(len(texts))]
-    width = max(map(len, prompts))
-
-    def recite(ids, scores):
-        for row, script in zip(scores, scripts):
-            row[(script + [7] * 99)[ids.shape[1] - width]] = math.inf
-        return scores
-
-    monkeypatch.setattr(stranger, "mask_padded_vocabulary", recite)
-    said = stranger.generate(prompts, 0.0, 50)
-    assert [stranger.tokenizer.decode(ids) for ids in said[:2]] == ["<think>so</think><action>look</action>", "</skill>"]
-    assert said[2] == (scripts[2] + [7] * 50)[:50] and said[3] == scripts[3][:scripts[3].index(2) + 1]
 
 
 class Memory:
@@ -110,11 +96,16 @@ class Memory:
 
 def test_out_of_memory_costs_time_and_nothing_else(policy, monkeypatch, capsys):
     prompts = [row.prompt for row in some_rows(policy)]
-    whole = policy.generate(prompts, 0.0, 8)
+    whole = policy.generate(prompts, 1.0, 8)
+    monkeypatch.setattr(policy, "gen_tokens", 4000)
+    step = Memory(decode.Decoder.step, 3, 5)                                    # twice, in the middle of an answer
+    monkeypatch.setattr(decode.Decoder, "step", lambda *args: step(*args))
+    assert policy.generate(prompts, 1.0, 8) == whole and policy.gen_tokens == 1000
+    assert "out of memory: gen_tokens is 1000" in capsys.readouterr().out
+    monkeypatch.setattr(policy, "lock_step", "a test")
     monkeypatch.setattr(policy, "gen_tokens", 4000)
     monkeypatch.setattr(policy, "sample", Memory(policy.sample, 1, 2))
-    assert policy.generate(prompts, 0.0, 8) == whole and policy.gen_tokens == 1000 and policy.sample.calls == 3
-    assert "out of memory: gen_tokens is 1000" in capsys.readouterr().out
+    assert policy.generate(prompts, 1.0, 8) == whole and policy.gen_tokens == 1000 and policy.sample.calls == 3
     rows = some_rows(policy)
     good = gradient(policy, rows, kl_beta=0.1)
     monkeypatch.setattr(policy, "cfg", dataclasses.replace(policy.cfg, max_prompt=8, max_response=8))
@@ -139,7 +130,7 @@ def test_token_budgets_follow_from_what_two_probes_of_each_kind_take(policy, mon
         taken.append(5 * gib + 3 * mib * len(rows))
         return torch.zeros(1, requires_grad=True), None
 
-    policy.sample = lambda prompts, temperature, new: taken.append(5 * gib + mib * len(prompts))
+    policy.answer_all = lambda asks, *_: taken.append(5 * gib + mib * len([*asks]))
     policy.logprobs = logprobs
     for name, result in dict(get_device_properties=SimpleNamespace(total_memory=24 * gib), memory_reserved=0,
                              mem_get_info=(23 * gib, 24 * gib), empty_cache=None, reset_peak_memory_stats=None).items():
@@ -151,14 +142,38 @@ def test_token_budgets_follow_from_what_two_probes_of_each_kind_take(policy, mon
     spare = 0.85 * 20 * gib - adam - 5 * gib
     assert told == [20 / 24] and policy.gen_tokens == pytest.approx(spare / mib * 102, rel=1e-3)
     assert policy.update_tokens == pytest.approx(spare / (3 * mib) * 128, rel=1e-3)
-    policy.gen_tokens, sample = 0, policy.sample
-    policy.sample = Memory(sample, 2)                                       # 8 rows fit and 16 do not
+    policy.gen_tokens = 0
+    policy.answer_all = Memory(policy.answer_all, 2)                                       # 8 rows fit and 16 do not
     policy.fit()
     assert policy.gen_tokens == 8 * 102
     policy.cfg = dataclasses.replace(policy.cfg, memory_gib=4.0)
-    policy.gen_tokens, policy.sample = 0, Memory(None, 1)
+    policy.gen_tokens, policy.answer_all = 0, Memory(None, 1)
     with pytest.raises(UserError, match="GiB of device memory can be used: 8 rows of 128 tokens do not fit"):
         policy.fit()
+
+
+def test_lora_in_the_bases_precision_has_the_gradients_of_its_fp32_product(stranger_folder):
+    """In bf16, each layer's gradients are within 3% of the product in fp32; and the copies that sampling makes of the adapter
+    follow its updates."""
+    policy, dice = awake(Policy(stranger_config(stranger_folder))), torch.Generator().manual_seed(0)
+    for name, p in policy.model.named_parameters():
+        if "lora_" not in name:
+            p.data = p.data.bfloat16()
+    layers = [module for module in policy.model.modules() if hasattr(module, "lora_A")]
+    assert len(layers) == 14
+    for layer in layers:
+        a, b, scale = layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.scaling["default"]
+        x = torch.randn(3, 50, a.shape[1], generator=dice).bfloat16().requires_grad_()
+        upstream = torch.randn(3, 50, b.shape[0], generator=dice).bfloat16()
+        ours = torch.autograd.grad(layer(x), (a, b, x), upstream)
+        exact = layer.base_layer(x).float() + scale * (x.float() @ a.T @ b.T)
+        for mine, theirs in zip(ours, torch.autograd.grad(exact, (a, b, x), upstream.float())):
+            assert 0 < (mine - theirs).norm() / theirs.norm() < 0.03
+        with torch.no_grad():
+            for _ in range(2):
+                exact = layer.base_layer(x).float() + scale * (x.float() @ a.T @ b.T)
+                assert (layer(x) - exact).norm() / exact.norm() < 0.01
+                a.mul_(3.0)
 
 
 @pytest.mark.parametrize("name", ["policy", "stranger"])
@@ -351,7 +366,7 @@ def test_a_thought_that_the_template_has_begun_counts_as_part_of_the_response(tm
     write_model(tmp_path, template=CHATML.replace(head, head + tail))
     policy = Policy(stranger_config(tmp_path))
     said = ("open it\n</think>\n" if tail == "<think>\n" else "") + "<action>look</action>"
-    policy.generate = lambda prompts, *_: [policy.tokenizer.encode(said, add_special_tokens=False) for _ in prompts]
+    policy.converse = scripted(lambda prompts: [policy.tokenizer.encode(said, add_special_tokens=False) for _ in prompts])
     step = siri.rollout(policy, plans, [(plans.tasks("train")[0], [None])], 1.0)[0][0].steps[0]
     assert step.valid and step.action == "look" and step.text == tail + said
     assert "inside <think> </think>" in policy.tokenizer.decode(step.prompt)       # our own tags are no marks of roles

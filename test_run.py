@@ -48,6 +48,7 @@ from conftest import (
     new_bank,
     offline,
     play,
+    scripted,
     shop_of,
     slow,
     some,
@@ -58,6 +59,7 @@ from conftest import (
     walk,
     write_shop,
 )
+from decode import Decoder
 from policy import Policy, UserError
 from run import Lock, append_metrics, load_checkpoint, main, parse_arguments, save_checkpoint
 from skills import Skill, SkillBank, SkillRejected
@@ -456,7 +458,7 @@ def test_three_hundred_iterations_with_faults_end_whole_and_in_flat_memory(tmp_p
     monkeypatch.setattr("run.SIGNALS", (signal.SIGUSR1, signal.SIGTERM))
     rng, seen, memory = random.Random(0), Counter(), {}
     open_game, clip, learn = envs.AlfWorld.open, torch.nn.utils.clip_grad_norm_, siri.learn
-    sample, replace, clock = Policy.sample, os.replace, time.time
+    step, replace, clock = Decoder.step, os.replace, time.time
 
     def faulty_open(env, task):
         if rng.random() < 0.01:
@@ -482,11 +484,11 @@ def test_three_hundred_iterations_with_faults_end_whole_and_in_flat_memory(tmp_p
         seen["gradient"] += bad
         return norm * math.nan if bad else norm
 
-    def faulty_sample(policy, *args):
-        if rng.random() < 0.01:
+    def faulty_step(decoder, *args):
+        if rng.random() < 0.001:
             seen["memory"] += 1
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return sample(policy, *args)
+        return step(decoder, *args)
 
     def faulty_learn(learner, *args):
         row = learn(learner, *args)
@@ -500,7 +502,7 @@ def test_three_hundred_iterations_with_faults_end_whole_and_in_flat_memory(tmp_p
     monkeypatch.setattr(time, "time", jumping_clock)
     monkeypatch.setattr(envs.AlfWorld, "open", faulty_open)
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", faulty_clip)
-    monkeypatch.setattr(Policy, "sample", faulty_sample)
+    monkeypatch.setattr(Decoder, "step", faulty_step)
     monkeypatch.setattr(siri, "learn", faulty_learn)
     code = main(f"{SMALL} --variant gigpo --groups 2 --group-size 2 --max-steps 4 --panel 2 --warmup-max 296".split())
     while code in (2, 130):
@@ -990,10 +992,10 @@ class Parrot:
 
     def __call__(self, cfg, adapter=None):
         self.policy.cfg = cfg
-        self.policy.generate = self.speak
+        self.policy.converse = scripted(self.speak)
         return self.policy
 
-    def speak(self, prompts, *_):
+    def speak(self, prompts):
         texts = map(self.policy.tokenizer.decode, prompts)
         return [self.policy.tokenizer(f"<think>x</think><action>{self.choose(text)}</action>",
                                       add_special_tokens=False).input_ids for text in texts]

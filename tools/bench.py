@@ -10,8 +10,8 @@ held just before. Policy, games and prompts are the tiny preset's, but
 for `paper`.
 
 Parts: `rollouts` and `scaling` (generation), `updates` and `logprobs` (training), `environment` (beside stock TextWorld),
-`trl` (a whole iteration beside TRL's GRPOTrainer; skipped without TRL), `caches` (other ways of generating that were tried),
-`paper` (the paper preset's policy; skipped without a CUDA device). A part is a function of the configuration, the
+`trl` (a whole iteration beside TRL's GRPOTrainer; skipped without TRL), `paper` (the paper preset's policy; skipped without a CUDA
+device). A part is a function of the configuration, the
 number of rounds, and whether to shrink everything for a test; it returns its rows.
 """
 
@@ -38,6 +38,7 @@ import time
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -182,10 +183,10 @@ def some_tasks(env: envs.Environment, turn: int, n: int) -> list[envs.Task]:
     return [tasks[(turn * n + i) % len(tasks)] for i in range(n)]
 
 
-def play(policy: Any, env: Any, tasks: Sequence[envs.Task], size: int, cfg: siri.Config) -> list[siri.Group]:
-    """Groups of `size` plain rollouts. RuntimeError if one fails."""
+def play(policy: Any, env: Any, tasks: Sequence[envs.Task], size: int, cfg: siri.Config, dice: int = 0) -> list[siri.Group]:
+    """Groups of `size` plain rollouts, with the same dice on all sides. RuntimeError if one fails."""
     failures: list[str] = []
-    groups = siri.rollout(policy, env, [(task, [None] * size) for task in tasks], cfg.temperature, failures)
+    groups = siri.rollout(policy, env, [(task, [None] * size) for task in tasks], cfg.temperature, failures, dice)
     if failures:
         raise RuntimeError(f"environment failed: {failures[0]}")
     return groups
@@ -211,33 +212,17 @@ def adamw(policy: Policy, lr: float) -> torch.optim.Optimizer:
 # ---- 3. Rollouts ---------------------------------------------------------------------------------------------
 
 
-def one_by_one(policy: Policy) -> Policy:
-    """The same policy, with every prompt of every episode generated alone."""
+def in_lock_step(policy: Policy) -> Policy:
+    """The same policy, answered by `generate` in batches in which all wait for the longest answer."""
     other = copy.copy(policy)
-    other.generate = lambda prompts, temperature, max_new: [
-        policy.generate([prompt], temperature, max_new)[0] for prompt in prompts]
+    other.lock_step = "the benchmark"
     return other
 
 
-def max_padded(policy: Policy, n: int) -> Policy:
-    """The same policy in a batch of fixed shape, (n, max_prompt): every prompt is padded to `max_prompt`, the places of
-    finished episodes stay in the batch (with a prompt of the last live one) until the last of the `n` is done, and
-    nothing but the end-of-turn token stops a response, or `max_new`. Responses end for the environment where ours do,
-    so that both play the same episodes."""
-    from transformers import GenerationConfig, LogitsProcessorList
-    other, end = copy.copy(policy), policy.tokenizer.eos_token_id
-
-    def generate(prompts: Sequence[list[int]], temperature: float, max_new: int) -> list[list[int]]:
-        rows = [*prompts, *[prompts[-1]] * (n - len(prompts))]
-        ids, mask = (x[:-1] for x in policy.pad_batch([*rows, [policy.pad] * policy.cfg.max_prompt]))
-        config = GenerationConfig(do_sample=temperature > 0, temperature=temperature or 1.0, top_k=0, top_p=1.0,
-                                  max_new_tokens=max_new, eos_token_id=end, pad_token_id=policy.pad, use_cache=True)
-        tokens = policy.model.generate(input_ids=ids, attention_mask=mask, generation_config=config,
-                                       logits_processor=LogitsProcessorList([policy.mask_padded_vocabulary]))
-        new = tokens[:len(prompts), ids.shape[1]:].tolist()
-        return [r[:next((k for k, t in enumerate(r) if t in policy.stops), len(r) - 1) + 1] for r in new]
-
-    other.generate = generate
+def one_by_one(policy: Policy) -> Policy:
+    """The same policy, with every prompt of every episode generated alone."""
+    other = in_lock_step(policy)
+    other.sample = lambda asks, temperature, max_new: [policy.sample([ask], temperature, max_new)[0] for ask in asks]
     return other
 
 
@@ -261,8 +246,8 @@ def timed(env: envs.Environment, spent: Counter) -> SimpleNamespace:
 
 @add_part
 def rollouts(cfg: siri.Config, rounds: int, quick: bool) -> list[Row]:
-    """8 groups of 8 episodes by `siri.rollout`, by the same with prompts generated one at a time, and by the same in a
-    batch of fixed shape. New tokens are those of live episodes up to the end of their response, on all sides."""
+    """8 groups of 8 episodes by `siri.rollout`; the same episodes with answers by `generate`, in lock step and one at a time. Live
+    rows are those of the decoder's batches whose token was wanted."""
     cfg = tiny(cfg)
     n_groups, size = (2, 2) if quick else (8, 8)
     env, policy, spent = make_environment(cfg), Policy(cfg), Counter()
@@ -270,23 +255,24 @@ def rollouts(cfg: siri.Config, rounds: int, quick: bool) -> list[Row]:
 
     def side(policy: Policy) -> Callable[[int], dict[str, float]]:
         def run(k: int) -> dict[str, float]:
-            torch.manual_seed(siri.stable_seed(cfg.seed, "bench", k))
             spent.clear()
-            took, groups = seconds(lambda: play(policy, watched, some_tasks(env, k, n_groups), size, cfg))
+            policy.work.clear()
+            took, groups = seconds(lambda: play(policy, watched, some_tasks(env, k, n_groups), size, cfg, k))
             steps = steps_of(groups)
             return dict(rate=sum(len(s.response) for s in steps) / took, environment=100 * spent["seconds"] / took,
-                        steps=len(steps), tokens=sum(len(s.response) for s in steps))
+                        steps=len(steps), tokens=sum(len(s.response) for s in steps),
+                        live=100 * policy.work["live"] / max(policy.work["rows"], 1))
         return run
 
-    found = alternate(rounds, ours=side(policy), one_by_one=side(one_by_one(policy)),
-                      max_padded=side(max_padded(policy, n_groups * size)))
+    found = alternate(rounds, ours=side(policy), lock_step=side(in_lock_step(policy)), one_by_one=side(one_by_one(policy)))
     ours = found["ours"]
     work = lambda other: {name: {k: side[k] for k in ("steps", "tokens")}
                           for name, side in (("ours", ours), ("other", found[other]))}
     return [row("rollouts", "rollout against one prompt at a time", "new tokens/s", ours["rate"], "one by one",
                 found["one_by_one"]["rate"], ">= 5", work=work("one_by_one")),
-            row("rollouts", "rollout against a batch of fixed shape", "new tokens/s", ours["rate"], "max padded",
-                found["max_padded"]["rate"], ">= 1.5", work=work("max_padded")),
+            row("rollouts", "rollout against generate in lock step", "new tokens/s", ours["rate"], "lock step",
+                found["lock_step"]["rate"], ">= 1", work=work("lock_step")),
+            row("rollouts", "live rows of the decoder's batches", "%", ours["live"], require=">= 80"),
             row("rollouts", "share of the environment in our rollout", "%", ours["environment"], require="<= 11")]
 
 
@@ -299,9 +285,10 @@ def scaling(cfg: siri.Config, rounds: int, quick: bool) -> list[Row]:
 
     def side(n: int) -> Callable[[int], dict[str, float]]:
         def run(k: int) -> dict[str, float]:
-            torch.manual_seed(siri.stable_seed(cfg.seed, "bench", k))
             tasks = some_tasks(env, k, max(counts) // size)[:n // size]
-            took, groups = seconds(lambda: play(policy, env, tasks, size, cfg))
+            other = copy.copy(policy)
+            other.cfg = dataclasses.replace(cfg, groups=n // size)              # so many at once
+            took, groups = seconds(lambda: play(other, env, tasks, size, cfg, k))
             return dict(cost=took / n, steps=len(steps_of(groups)))
         return run
 
@@ -679,61 +666,7 @@ def trl(cfg: siri.Config, rounds: int, quick: bool) -> list[Row]:
             row("trl", "peak memory of two iterations", "MiB", peak["ours"], "GRPOTrainer", peak["trl"], "<= 1")]
 
 
-# ---- 7. Ways of generating that were tried -------------------------------------------------------------------
-
-
-@add_part
-def caches(cfg: siri.Config, rounds: int, quick: bool) -> list[Row]:
-    """Greedy answers to the first prompts of 16 episodes, by `Policy.generate` and by two other ways of transformers: a
-    static cache, and continuous batching. A way is worth keeping where it is faster *and* gives the same tokens; how many
-    answers are the same is in `same`. The last row bounds what sharing the prefill of a group's common first prompt could save."""
-    from transformers import GenerationConfig
-    cfg = dataclasses.replace(tiny(cfg), eval_temperature=0.0)
-    n_groups, size = (2, 2) if quick else (8, 8)
-    env, policy, out = make_environment(cfg), Policy(cfg), []
-    groups = play(policy, env, some_tasks(env, 0, n_groups), size, cfg)
-    everyone = [e.steps[0].prompt for group in groups for e in group]
-    prompts = everyone[::len(everyone) // min(16, len(everyone))]                           # of every group
-    greedy = dict(do_sample=False, max_new_tokens=cfg.max_response, eos_token_id=policy.stops, pad_token_id=policy.pad)
-
-    def cut(ids: list[int]) -> list[int]:
-        return ids[:next((k for k, t in enumerate(ids) if t in policy.stops), len(ids) - 1) + 1]
-
-    def static(k: int) -> list[list[int]]:
-        ids, mask = policy.pad_batch(prompts)
-        tokens = policy.model.generate(input_ids=ids, attention_mask=mask, generation_config=GenerationConfig(
-            cache_implementation="static", **greedy))
-        return [cut(row) for row in tokens[:, ids.shape[1]:].tolist()]
-
-    def continuous(k: int) -> list[list[int]]:
-        found = policy.model.get_base_model().generate_batch(prompts, GenerationConfig(**greedy), progress_bar=False)
-        return [cut(found[key].generated_tokens) for key in sorted(found, key=lambda key: int(key.rpartition("_")[2]))]
-
-    answers: dict[str, list[list[int]]] = {}
-
-    def side(name: str, work: Callable[[int], list[list[int]]]) -> Callable[[int], dict[str, float]]:
-        @torch.no_grad()
-        def run(k: int) -> dict[str, float]:
-            took, answers[name] = seconds(lambda: work(k))
-            return dict(rate=sum(map(len, answers[name])) / took)
-        return run
-
-    ours = side("ours", lambda k: policy.generate(prompts, 0.0, cfg.max_response))
-    for name, work in (("static cache", static), ("continuous batching", continuous)):
-        try:
-            found = alternate(rounds, ours=ours, other=side(name, work))
-        except (RuntimeError, ValueError) as error:         # out of memory, or not supported on this device
-            out += skipped("caches", f"{name} does not run here: {type(error).__name__}: {str(error).splitlines()[0][:120]}")
-            continue
-        same = sum(a == b for a, b in zip(answers["ours"], answers[name]))
-        out.append(row("caches", "plain generate", "new tokens/s", found["ours"]["rate"], name, found["other"]["rate"],
-                       same=f"{same} of {len(prompts)}"))
-    first = [seconds(lambda: policy.generate(everyone, 0.0, 1))[0] for _ in range(rounds)]
-    whole = [seconds(lambda: play(policy, env, some_tasks(env, 0, n_groups), size, cfg))[0] for _ in range(rounds)]
-    return out + [row("caches", "first prompts' prefill, of a rollout", "%", [100 * a / b for a, b in zip(first, whole)])]
-
-
-# ---- 8. The paper preset's policy ----------------------------------------------------------------------------
+# ---- 7. The paper preset's policy ----------------------------------------------------------------------------
 
 QWEN_7B = dict(vocab_size=152_064, hidden_size=3584, intermediate_size=18_944, num_hidden_layers=28,
                num_attention_heads=28, num_key_value_heads=4)
@@ -769,13 +702,14 @@ def ceilings(device: str) -> tuple[float, float]:
 
 @add_part
 def paper(cfg: siri.Config, rounds: int, quick: bool) -> list[Row]:
-    """The paper preset's policy at its full prompt and response length: the 24 GB preset (4-bit) and the 48 GB preset (bf16).
+    """The paper preset's policy: the 24 GB preset (4-bit) and the 48 GB preset (bf16), on ragged prompts of 430 tokens on average
+    (ALFWorld's) and of 1,000.
 
     The weights are those of --model where that is a local folder, else random ones of Qwen2.5-7B's shape: time and memory do not
-    depend on their values. Beside each rate is what the device's measured bandwidth or bf16 speed allows: a decoding
-    step has to read the weights once and the cache of every row; an update makes four passes of
-    2 FLOP per weight and token (reference, forward, recomputation, backward to the activations; attention, adapter and head
-    not counted)."""
+    depend on their values. Other sides, in the same process: `generate` in lock step, and peft's own LoRA layers. Beside a rate
+    is what the device's measured bandwidth or bf16 speed allows: a decoding step has to read the weights once and the cache of
+    every row; an update makes four passes of 2 FLOP per weight and token (reference, forward, recomputation, backward to the
+    activations; attention, adapter and head not counted)."""
     if not torch.cuda.is_available() and not quick:
         return skipped("paper", "no CUDA device")
     if shutil.disk_usage(tempfile.gettempdir()).free < 20 * 2**30 and not quick:
@@ -799,56 +733,136 @@ def paper(cfg: siri.Config, rounds: int, quick: bool) -> list[Row]:
 def paper_preset(name: str, cfg: siri.Config, rounds: int, bandwidth: float, flops: float) -> list[Row]:
     """The rows of `paper` for one preset."""
     took, policy = seconds(lambda: Policy(cfg))
-    note, config = f"{name}: ", policy.model.config
+    config, made_up = policy.model.config, Path(cfg.model).parent == Path(tempfile.gettempdir())
     weights = sum(p.numel() * p.element_size() for n, p in policy.model.named_parameters() if "lora_" not in n)
     keys = config.hidden_size // config.num_attention_heads * config.num_key_value_heads                # width of keys
     numbers = config.num_hidden_layers * config.hidden_size * (2 * config.hidden_size + 2 * keys + 3 * config.intermediate_size)
     cache = 2 * config.num_hidden_layers * keys * 2                                                     # bytes per token
-    rng, width, new = np.random.default_rng(0), cfg.max_prompt, min(32, cfg.max_response - 1)
-    n = min(cfg.groups * cfg.group_size, policy.gen_tokens // (width + cfg.max_response))
-    prompts = rng.integers(0, policy.vocab - 10, (n, width)).tolist()
-    policy.stops = [policy.tokenizer.eos_token_id]
-    policy.model.generation_config.eos_token_id = policy.stops
-    policy.closing = policy.closing[:0]
-
-    def generate(k: int) -> dict[str, float]:
-        first = seconds(lambda: policy.sample(prompts, 1.0, 1))[0]
-        step = (seconds(lambda: policy.sample(prompts, 1.0, 1 + new))[0] - first) / new
-        return dict(prefill=n * width / first, step=1000 * step, decode=n / step,
-                    share=100 * (weights + n * cache * width) / bandwidth / step)
-
-    optimizer = make_optimizer(policy)
-    rows = [siri.Row(p, q[:cfg.max_response], 1.0) for p, q in zip(prompts, prompts[1:] + prompts[:1])]
-    rows = rows[:max(1, policy.update_tokens // (width + cfg.max_response))]
-
-    def train(k: int) -> dict[str, float]:
-        took, stats = seconds(lambda: siri.update(policy, optimizer, rows, [], 0.0, cfg, np.random.default_rng(k)))
-        return dict(rate=stats["row_tokens"] / took, share=100 * 8 * numbers * stats["row_tokens"] / took / flops)
-
-    found = alternate(rounds, generate=generate, train=train)
-    length, answers = seconds(lambda: policy.sample(prompts, 1.0, cfg.max_response))
+    n = min(cfg.groups * cfg.group_size, policy.gen_tokens // (cfg.max_prompt + cfg.max_response))
+    one = lambda what, unit, values, *more, **and_more: row("paper", f"{name}: {what}", unit, values, *more, **and_more)
+    rows = [one("load and fit", "s", [took], model="random weights" if made_up else Path(cfg.model).name,
+                gen_tokens=policy.gen_tokens, update_tokens=policy.update_tokens, rows=n, lock_step=policy.lock_step)]
+    hours: dict[int, float] = {}
+    for mean in (430, 1000) if cfg.max_prompt >= 1500 else (cfg.max_prompt // 2,):
+        talk = Talk(policy, n, mean)
+        found = alternate(rounds, ours=partial(talk.measure, policy), lock_step=partial(talk.measure, in_lock_step(policy)))
+        ours, theirs = found["ours"], found["lock_step"]
+        share = [100 * (weights + n * cache * mean) / bandwidth / ms * 1000 for ms in ours["step"]]
+        rows += [one(f"prefill, {n} ragged prompts of {mean}", "tokens/s", ours["prefill"], "generate", theirs["prefill"]),
+                 one(f"decoding step, {n} rows of {mean}", "ms", ours["step"], "generate", theirs["step"]),
+                 one(f"decoding, rows of {mean}, of the bandwidth bound", "%", share, bandwidth=bandwidth),
+                 one(f"rollout, {n} episodes, prompts of {mean}", "new tokens/s", ours["rate"], "generate", theirs["rate"]),
+                 one(f"rollout, prompts of {mean}, live rows", "%", ours["live"])]
+        hours[mean] = median(ours["turn"]) / 3600
+    rows += [one(what, unit, [value]) for what, unit, value in talk.graphs()]
+    train = trainer(policy, talk.prompts[:max(1, policy.update_tokens // (2 * mean))])
+    found = alternate(rounds, ours=partial(train, True), peft=partial(train, False))
+    ours = found["ours"]["rate"]
+    rows += [one("update, reference included", "tokens/s", ours, "peft's layers", found["peft"]["rate"]),
+             one("update, of the FLOP bound", "%", [100 * 8 * numbers * rate / flops for rate in ours], flops=flops)]
     taken = torch.cuda.max_memory_reserved() / 2**30 if policy.device == "cuda" else peak_gib()
-    steps, g, t = cfg.max_steps, {k: median(v) for k, v in found["generate"].items()}, median(found["train"]["rate"])
-    hour = lambda read, new: steps * cfg.groups * cfg.group_size * (
-        read / g["prefill"] + new / g["decode"] + (read + new) / t) / 3600
-    one = lambda what, unit, values, **more: row("paper", note + what, unit, values, **more)
-    made_up = Path(cfg.model).parent == Path(tempfile.gettempdir())
-    return [one("load and fit", "s", [took], model="random weights" if made_up else Path(cfg.model).name,
-                gen_tokens=policy.gen_tokens, update_tokens=policy.update_tokens, rows=n),
-            one(f"prefill, {n} prompts of {width}", "tokens/s", found["generate"]["prefill"]),
-            one(f"decoding step of {n} rows", "ms", found["generate"]["step"]),
-            one("decoding", "new tokens/s", found["generate"]["decode"]),
-            one("decoding, of the bandwidth bound", "%", found["generate"]["share"], bandwidth=bandwidth),
-            one("update, reference included", "tokens/s", found["train"]["rate"]),
-            one("update, of the FLOP bound", "%", found["train"]["share"], flops=flops),
-            one(f"full answers, {cfg.max_response} tokens", "new tokens/s", [sum(map(len, answers)) / length]),
-            one("peak memory taken from the device", "GiB", [taken], require=f"<= {cfg.memory_gib:g}"),
-            one("peak memory of tensors", "GiB", [peak_gib()]),
-            one(f"iteration of {steps} steps, longest prompts", "h, projected", [hour(width, cfg.max_response)]),
-            one(f"iteration of {steps} steps, 1,000 + 150 tokens", "h, projected", [hour(1000, 150)])]
+    rows += [one("peak memory taken from the device", "GiB", [taken], require=f"<= {cfg.memory_gib:g}"),
+             one("peak memory of tensors", "GiB", [peak_gib()])]
+    # A run: 25 steps an episode. Internalization goes over the window's guided steps, half of which have a weight, without a
+    # reference. Five evaluations of 140 games.
+    episodes, iterations = cfg.groups * cfg.group_size, (cfg.warmup_max, cfg.mining_max, cfg.distill_max)
+    for mean, turn in hours.items():
+        step = (mean + NEW_TOKENS) / median(ours) / 3600
+        iteration = 25 * episodes * (turn + step)
+        whole = (sum(iterations) * iteration + 5 * 140 * 25 * turn
+                 + iterations[2] * cfg.distill_window * cfg.distill_epochs * 25 * episodes / 4 * step * 3 / 4)
+        rows += [one(f"iteration of {episodes} episodes of 25 steps, {mean} tokens", "h, projected", [iteration]),
+                 one(f"whole run of {sum(iterations)} iterations, {mean} tokens", "h, projected", [whole])]
+    return rows
 
 
-# ---- 9. The report -------------------------------------------------------------------------------------------
+NEW_TOKENS = 45                 # of an answer in `Talk`, on average
+
+
+class Talk:
+    """Made-up episodes: ragged prompts, 1 to 7 turns, answers of 10 to 80 tokens, which the first token of each decides."""
+
+    def __init__(self, policy: Policy, n: int, mean: int) -> None:
+        rng = random.Random(mean)
+        self.mean, self.policy = mean, policy
+        prompt = lambda: [rng.randrange(10, policy.vocab - 10) for _ in range(rng.randint(mean * 11 // 20, mean * 29 // 20))]
+        self.turns = [[prompt() for _ in range(rng.randint(1, 7))] for _ in range(n)]
+        self.prompts = [turns[0] for turns in self.turns]
+        self.longest = mean * 29 // 20
+
+    def measure(self, policy: Policy, _: int) -> dict[str, float]:
+        """Tokens read a second, milliseconds of a step, and a rollout: new tokens a second, seconds a turn, share of live rows."""
+        policy, said = copy.copy(policy), [0]
+        policy.work, n = Counter(), len(self.prompts)
+        asks = [*enumerate((prompt, i) for i, prompt in enumerate(self.prompts))]
+
+        def answered(k: int) -> float:
+            policy.ended = lambda ids: len(ids) == k
+            return seconds(lambda: policy.answer_all(iter(asks), lambda *_: None, 1.0, k, n, self.longest))[0]
+
+        answered(2)                                                             # what is made on first use
+        first, more = answered(1), answered(17)
+        turn = [0] * n
+
+        def follow(i: int, ids: list[int]) -> Any:
+            turn[i] += 1
+            said[0] += len(ids)
+            return (self.turns[i][turn[i]], 100 * turn[i] + i) if turn[i] < len(self.turns[i]) else None
+
+        policy.ended = lambda ids: len(ids) >= 10 + ids[0] % 71
+        policy.work.clear()
+        took, _ = seconds(lambda: policy.answer_all(iter(asks), follow, 1.0, 80, n, self.longest))
+        return dict(prefill=sum(map(len, self.prompts)) / first, step=1000 * (more - first) / 16, rate=said[0] / took,
+                    turn=took / sum(turn), live=100 * policy.work["live"] / max(policy.work["rows"], 1))
+
+    @torch.no_grad()
+    def graphs(self) -> list[tuple[str, str, float]]:
+        """What a CUDA graph costs and holds: seconds to capture a shape, memory, kernels of a step and how long they keep the
+        device busy; and how far a replayed step is from the eager one. Nothing without a CUDA device."""
+        if self.policy.device != "cuda":
+            return []
+        n, longest = len(self.prompts), self.longest + 8
+        decoder = self.policy.decoder(n, longest + 16)
+        decoder.admit(0, self.prompts)
+        before = torch.cuda.memory_reserved()
+        capture = seconds(lambda: decoder.step(n, longest))[0]
+        pool, at = (torch.cuda.memory_reserved() - before) / 2**30, decoder.at.clone()
+        replayed = decoder.step(n, longest).clone()
+        rows, length = next(iter(decoder.shapes))
+        decoder.at.copy_(at + 1)
+        off = (decoder.forward(rows, length)[:n] - replayed).abs().max().item()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+            decoder.step(n, longest)
+            wait_for_device()
+        kernels = [e for e in seen.events() if str(e.device_type).endswith("CUDA")]
+        return [("capturing a shape", "s", capture), ("memory of its graph", "GiB", pool),
+                ("kernels of a step", "", float(len(kernels))),
+                ("device busy in a step", "ms", sum(e.device_time_total for e in kernels) / 1000),
+                ("replayed step's distance from the eager one", "logits", off)]
+
+
+def trainer(policy: Policy, prompts: list[list[int]]) -> Callable[[bool, int], dict[str, float]]:
+    """Updates on these prompts with answers of NEW_TOKENS, by our LoRA layers or by peft's own; weights stay as they are."""
+    optimizer, n = make_optimizer(policy), min(NEW_TOKENS, policy.cfg.max_response)
+    cfg = dataclasses.replace(policy.cfg, lr=0.0, weight_decay=0.0)
+    for group in optimizer.param_groups:
+        group.update(lr=0.0, weight_decay=0.0)
+    rows = [siri.Row(p, q[:n], 1.0) for p, q in zip(prompts, prompts[1:] + prompts[:1])]
+    layers = [module for module in policy.model.modules() if "forward" in vars(module) and hasattr(module, "lora_A")]
+    lean = [layer.forward for layer in layers]
+
+    def train(ours: bool, k: int) -> dict[str, float]:
+        for layer, forward in zip(layers, lean):
+            layer.forward = forward if ours else type(layer).forward.__get__(layer)
+        took, stats = seconds(lambda: siri.update(policy, optimizer, rows, [], 0.0, cfg, np.random.default_rng(k)))
+        for layer, forward in zip(layers, lean):
+            layer.forward = forward
+        return dict(rate=stats["row_tokens"] / took)
+
+    return train
+
+
+# ---- 8. The report -------------------------------------------------------------------------------------------
 
 
 def machine() -> dict[str, Any]:

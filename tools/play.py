@@ -62,13 +62,14 @@ def play(env: envs.Environment, task: envs.Task, cfg: siri.Config, policy: Calla
         raise UserError(str(e)) from e
     except (OSError, ValueError, KeyError) as e:
         raise UserError(f"{task.id}: cannot be opened ({e}); mend or remove it") from e
+    dice = itertools.count()                    # asked again, the policy may say something else
     episode, watching = siri.Episode(task, None, state=game.start), False
 
     def prompt() -> list[int]:
         return siri.fit_prompt(policy(), episode, None)
 
     def response() -> str:
-        return policy().answer(policy().generate([prompt()], cfg.eval_temperature, cfg.max_response)[0])
+        return policy().answer(policy().generate([prompt()], cfg.eval_temperature, cfg.max_response, [next(dice)])[0])
 
     try:
         say(f"\n=== {task.id}\n=== {task.goal}")
