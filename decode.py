@@ -122,26 +122,30 @@ class Decoder:
 
     def admit(self, first: int, prompts: Sequence[list[int]]) -> torch.Tensor:
         """Read prompts into the slots from `first` on. The logits (n, V) of the first token of each answer."""
+        # Rollouts of a group begin with one prompt, and meet again: equal prompts are read once.
+        places: dict[tuple[int, ...], list[int]] = {}
+        for i, prompt in enumerate(prompts):
+            places.setdefault(tuple(prompt), []).append(i)
         out: list[torch.Tensor] = [torch.empty(0)] * len(prompts)
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        order = sorted(places, key=len)
         while order:
-            n = max(1, PREFILL // len(prompts[order[-1]]))                          # the longest first, as many as fit
+            n, width = max(1, PREFILL // len(order[-1])), len(order[-1])            # the longest first, as many as fit
             part, order = order[-n:], order[:-n]
-            width = len(prompts[part[-1]])
             # Padding on the right and causal attention: no mask is needed, which is what fast attention kernels ask for.
-            ids = torch.tensor([prompts[i] + [0] * (width - len(prompts[i])) for i in part], device=self.device)     # (n, T)
+            ids = torch.tensor([[*prompt] + [0] * (width - len(prompt)) for prompt in part], device=self.device)     # (n, T)
             cache = DynamicCache(config=self.model.config)
             hidden = self.model.base_model(input_ids=ids, use_cache=True, **{self.cache_name: cache}).last_hidden_state
             if not self.store:
                 self.allocate(cache.layers)
-            slot = torch.tensor([first + i for i in part], device=self.device)
-            last = torch.tensor([len(prompts[i]) - 1 for i in part], device=self.device)
+            last = torch.tensor([len(prompt) - 1 for prompt in part], device=self.device)
+            logits = self.head(hidden[torch.arange(len(part), device=self.device), last])
+            of = [(row, i) for row, prompt in enumerate(part) for i in places[prompt]]
+            row, slot = torch.tensor([(row, first + i) for row, i in of], device=self.device).T
             for (keys, values), layer in zip(self.store, cache.layers):
-                keys[slot, :, :width], values[slot, :, :width] = layer.keys, layer.values
-            self.at[slot], self.count[slot] = last, 0                               # `step` moves on by one
-            out_part = self.head(hidden[torch.arange(len(part), device=self.device), last])
-            for i, logits in zip(part, out_part):
-                out[i] = logits
+                keys[slot, :, :width], values[slot, :, :width] = layer.keys[row], layer.values[row]
+            self.at[slot], self.count[slot] = last[row], 0                          # `step` moves on by one
+            for r, i in of:
+                out[i] = logits[r]
         return torch.stack(out)
 
     def forward(self, rows: int, length: int) -> torch.Tensor:

@@ -169,15 +169,20 @@ PROMPTS = {
     ("alfworld", "full"): """You are acting in a household simulated in text. Your task: {goal}
 {skill}{history}Step {step}. You now observe: {observation}
 You can take one of these actions: [{actions}]
-First reason about the situation inside <think> </think>, then give exactly one of the listed actions inside <action> </action>.""",
+Your reply MUST hold exactly two elements, in this order: <think>one short sentence of reasoning</think> and \
+<action>one action, copied from the list</action>.
+For example, in another world: <think>The key may be in the drawer, which is shut.</think><action>open drawer 3</action>
+Now reply in the same form for your own world, with an action of your own list.""",
     ("alfworld", "compact"): """{history}now {step} : {observation}
 can : {actions}
 {skill}task : {goal}""",
     ("webshop", "full"): """You are shopping on the WebShop web site, read as text. Your task: {goal}
 {skill}{history}Step {step}. You now see the page: {observation}
 You can take one of these actions: [{actions}]
-First reason about what to do next inside <think> </think>, then give exactly one of the listed actions inside
-<action> </action>, with words of your own as the query of a search.""",
+Your reply MUST hold exactly two elements, in this order: <think>one short sentence of reasoning</think> and \
+<action>one action, copied from the list</action>.
+For example, in another world: <think>The second book has the right author.</think><action>click[b00x2]</action>
+Now reply in the same form for your own world, with an action of your own list. In a search, write a query in words of your own.""",
     ("webshop", "compact"): """task : {goal}
 {skill}{history}now {step} : {observation}""",
 }

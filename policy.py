@@ -748,9 +748,10 @@ def microbatches(items: Iterable[Item], length: Callable[[Item], int], budget: i
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether this is what a device or the machine without memory raises."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+    """Whether this is what a device or the machine without memory raises, or what came of it: a CUDA graph whose capture runs out
+    of memory ends with an error of its own."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or isinstance(error, RuntimeError) and (
+        "can't allocate memory" in str(error) or isinstance(error.__context__, torch.OutOfMemoryError))
 
 
 def free_memory() -> float:

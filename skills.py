@@ -152,9 +152,9 @@ def mining_prompt(goal: str, steps: Sequence[tuple[str, str]], style: str = "ful
             "Write down the one lesson from this success that would help you most with similar tasks.\n"
             "- CONDITION tells which tasks it is for, in the words such a task would use.\n"
             "- STRATEGY tells what to do, briefly enough to follow at a glance.\n"
-            "- Keep it general: kinds of things and places, never a particular one, and no digits.\n"
-            f"- At most {max_words} words in all, on one line, in exactly this form:\n{form}\n"
-            f"For example, about another world:\n{example}")
+            f"- Keep it general: kinds of things and places, never a particular one, no digits, at most {max_words} words.\n"
+            "Your reply MUST be one line in exactly this form, with the word when, the arrow and both tags, and nothing else:\n"
+            f"{form}\nFor example, about another world:\n{example}")
 
 
 def parse_skill(response: str, *, max_words: int = MAX_WORDS) -> tuple[str, str]:

@@ -99,7 +99,16 @@ def test_out_of_memory_costs_time_and_nothing_else(policy, monkeypatch, capsys):
     whole = policy.generate(prompts, 1.0, 8)
     monkeypatch.setattr(policy, "gen_tokens", 4000)
     step = Memory(decode.Decoder.step, 3, 5)                                    # twice, in the middle of an answer
-    monkeypatch.setattr(decode.Decoder, "step", lambda *args: step(*args))
+
+    def captured(*args):
+        try:
+            return step(*args)
+        except torch.OutOfMemoryError:
+            if step.calls == 5:                                                 # as when a CUDA graph was being captured
+                raise RuntimeError("operation failed due to a previous error during capture") from None
+            raise
+
+    monkeypatch.setattr(decode.Decoder, "step", captured)
     assert policy.generate(prompts, 1.0, 8) == whole and policy.gen_tokens == 1000
     assert "out of memory: gen_tokens is 1000" in capsys.readouterr().out
     monkeypatch.setattr(policy, "lock_step", "a test")
@@ -369,7 +378,7 @@ def test_a_thought_that_the_template_has_begun_counts_as_part_of_the_response(tm
     policy.converse = scripted(lambda prompts: [policy.tokenizer.encode(said, add_special_tokens=False) for _ in prompts])
     step = siri.rollout(policy, plans, [(plans.tasks("train")[0], [None])], 1.0)[0][0].steps[0]
     assert step.valid and step.action == "look" and step.text == tail + said
-    assert "inside <think> </think>" in policy.tokenizer.decode(step.prompt)       # our own tags are no marks of roles
+    assert "order: <think>one short" in policy.tokenizer.decode(step.prompt)       # our own tags are no marks of roles
 
 
 DATED = "{{ '<|im_start|>system\nToday is ' + strftime_now(FORM) + '<|im_end|>\n' }}" + CHATML

@@ -24,7 +24,7 @@ STEPS = [("go to fridge 1", "The fridge 1 is closed."), ("open fridge 1", "You s
 
 def test_full_mining_prompt_shows_task_actions_and_clipped_observations():
     prompt = skills.mining_prompt("put a cool apple in sinkbasin.", STEPS, max_words=17)
-    assert "put a cool apple in sinkbasin." in prompt and "At most 17 words" in prompt
+    assert "put a cool apple in sinkbasin." in prompt and "at most 17 words" in prompt
     assert "> go to fridge\nThe fridge is closed.\n> open fridge\nYou see a apple. ...\n" in prompt
 
 

@@ -22,7 +22,7 @@ from tools.oracle import walked, winning_actions
 from tools.settings import make_environment, resolve
 from tools.terminal import say
 
-STATES, ANSWERS, WINS, SHOWN = 48, 2, 24, 3         # prompts, answers to each, wins to mine, answers that are printed
+STATES, ANSWERS, WINS, SHOWN = 48, 2, 48, 3         # prompts, answers to each, wins to mine, answers that are printed
 
 
 def followed(env: envs.Environment, task: envs.Task, actions: Sequence[str], steps: int, rng: random.Random) -> siri.Episode:
