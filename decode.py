@@ -40,17 +40,27 @@ def uniforms(dice: Iterable[int], n: int) -> torch.Tensor:
     return torch.from_numpy(np.stack([np.random.Generator(np.random.Philox(key=d)).random(n) for d in dice]))
 
 
-def draw(logits: torch.Tensor, uniform: torch.Tensor, temperature: float, vocab: int) -> torch.Tensor:
-    """Ids (B,) drawn from logits (B, V) by inverse CDF at these numbers (B,); the likeliest at temperature 0. Ids from `vocab`
-    on are padding of the weight matrix, and never drawn."""
-    scores = logits[:, :vocab].float()
-    if not temperature:
-        return scores.argmax(-1)
-    # In float64: in float32 an id of probability 1e-8 would be lost in the sum, and of 150,000 ids such are not few.
-    cdf = (scores / temperature).softmax(-1).cumsum(-1, dtype=torch.float64)                               # (B, V)
-    total = cdf[:, -1:]
-    at = torch.minimum(uniform[:, None] * total, total.nextafter(torch.zeros_like(total)))
-    return torch.searchsorted(cdf, at, right=True).squeeze(1)
+def draw(logits: torch.Tensor, uniform: torch.Tensor, temperature: float, vocab: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids (B,) drawn from logits (B, V) by inverse CDF at these numbers (B,), and their log-probabilities (B,), in nats; the
+    likeliest, as at temperature 1, where it is 0. Ids from `vocab` on are padding of the weight matrix, never drawn."""
+    p = (logits[:, :vocab].float() / (temperature or 1.0)).softmax(-1)                                      # (B, V)
+    if temperature:
+        # In float64: in float32 an id of probability 1e-8 would be lost in the sum, and of 150,000 ids such are not few.
+        cdf = p.cumsum(-1, dtype=torch.float64)
+        total = cdf[:, -1:]
+        at = torch.minimum(uniform[:, None] * total, total.nextafter(torch.zeros_like(total)))
+        ids = torch.searchsorted(cdf, at, right=True)
+    else:
+        ids = logits[:, :vocab].argmax(-1, keepdim=True)
+    return ids.squeeze(1), p.gather(1, ids).squeeze(1).log()
+
+
+class Answer(list[int]):
+    """The sampled ids of a response, and each one's log-probability when it was drawn."""
+
+    def __init__(self, ids: Iterable[int] = (), logp: Iterable[float] = ()) -> None:
+        super().__init__(ids)
+        self.logp = [*logp]
 
 
 def in_lock_step(asks: Iterable[tuple[int, Ask]], follow: Follow, speak: Callable[[list[Ask]], Sequence[list[int]]],
@@ -90,7 +100,7 @@ class Live:
     """A row that is being answered."""
     i: int
     prompt: list[int]
-    said: list[int] = field(default_factory=list)
+    said: Answer = field(default_factory=Answer)
 
 
 class Decoder:
@@ -218,13 +228,15 @@ class Decoder:
             else:
                 heard = slice(0, len(live))
                 logits = self.step(len(live), max(len(row.prompt) + len(row.said) for row in live))
-            tokens = draw(logits, self.uniform[heard].gather(1, self.count[heard, None]).squeeze(1), temperature, self.vocab)
+            numbers = self.uniform[heard].gather(1, self.count[heard, None]).squeeze(1)
+            tokens, logp = draw(logits, numbers, temperature, self.vocab)
             self.ids[heard, 0] = tokens
             self.count[heard] += 1
             # From the last slot on, so that what moves into a slot that falls empty has been heard.
-            for slot, token in reversed([*zip(range(heard.start, heard.stop), tokens.tolist())]):
+            for slot, token, value in reversed([*zip(range(heard.start, heard.stop), tokens.tolist(), logp.tolist())]):
                 row = live[slot]
                 row.said.append(token)
+                row.said.logp.append(value)
                 if len(row.said) == max_new or ended(row.said):
                     self.leave(live, slot)
                     if (more := follow(row.i, row.said)) is not None:

@@ -25,9 +25,11 @@ import os
 import re
 import resource
 import sys
+import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from types import MethodType, SimpleNamespace
 from typing import Any, Protocol, TypeVar
@@ -37,7 +39,7 @@ import torch
 from tqdm import tqdm
 
 import gigpo
-from decode import PREFILL, Ask, Decoder, Follow, Unservable, draw, in_lock_step, uniforms
+from decode import PREFILL, Answer, Ask, Decoder, Follow, Unservable, draw, in_lock_step, uniforms
 from tools.limits import within
 
 # Batches of any length leave no holes. Read by torch at the first look at the device, so here and not in `Policy`.
@@ -52,6 +54,7 @@ TAIL = 16                                   # tokens in which an end tag is look
 CHECKED = 8                                 # tokens of each answer that is compared when a model is loaded
 PROBE_ROWS = 8                              # rows of the first probe of generation: as many longest prompts fill a PREFILL
 CPU_TOKENS = 32768                          # padded tokens of a batch on a CPU, at most
+DECODING = 2 * 2**30                        # bytes that decoding takes beside the cache: activations of PREFILL, logits, graphs
 SPARE = 0.85                                # share of the memory limit that budgets may fill; the rest is for holes
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -380,6 +383,7 @@ class Policy:
         self.model.generation_config = GenerationConfig(eos_token_id=self.stops, pad_token_id=self.pad)  # not the model's own
         self.gen_tokens, self.update_tokens = cfg.gen_tokens, cfg.update_tokens
         self.work: Counter[str] = Counter()     # of decoding: steps, and in them rows live and computed
+        self.pays: dict[tuple[int, int, int], bool] = {}        # of a product in 4 bits (rows, in, out): faster with bf16 weights?
         self.lock_step = ""                     # why answers come from `generate`, batch by batch, and not from the decoder
         self.check()
         self.fit()
@@ -516,7 +520,8 @@ class Policy:
         if self.lock_step:
             return in_lock_step(asks, follow, speak, at_once)
         rows = min(at_once, max(1, self.gen_tokens // (longest + max_new)) if self.gen_tokens else at_once)
-        self.decoder(rows, longest + max_new).answer(asks, follow, self.ended, temperature, max_new)
+        with self.unpacked(rows, longest + max_new):
+            self.decoder(rows, longest + max_new).answer(asks, follow, self.ended, temperature, max_new)
 
     def decoder(self, rows: int, length: int) -> Decoder:
         """A decoder of so many rows of so many tokens, which counts its work in ours."""
@@ -533,10 +538,12 @@ class Policy:
         """One batch of answers by `generate`: the reference for the decoder, and what serves where that can't."""
         from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
         ids, mask = self.pad_left([prompt for prompt, _ in asks])                                  # (B, T)
-        start, numbers = ids.shape[1], uniforms([dice for _, dice in asks], max_new).to(self.device)     # (B, max_new)
+        start, logps = ids.shape[1], list[torch.Tensor]()
+        numbers = uniforms([dice for _, dice in asks], max_new).to(self.device)                    # (B, max_new)
 
         def drawn(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-            chosen = draw(scores, numbers[:, ids.shape[1] - start], temperature, self.vocab)       # (B,)
+            chosen, logp = draw(scores, numbers[:, ids.shape[1] - start], temperature, self.vocab)       # (B,) each
+            logps.append(logp)
             return torch.full_like(scores, -math.inf).scatter_(1, chosen[:, None], 0.0)
 
         def all_ended(ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
@@ -549,7 +556,8 @@ class Policy:
                                      logits_processor=LogitsProcessorList([drawn]),
                                      stopping_criteria=StoppingCriteriaList([all_ended]))
         # Rows that ended early were padded by `generate`: each is cut where it ended.
-        return [next((row[:k] for k in range(1, len(row)) if self.ended(row[:k])), row) for row in tokens[:, start:].tolist()]
+        said = [next((row[:k] for k in range(1, len(row)) if self.ended(row[:k])), row) for row in tokens[:, start:].tolist()]
+        return [Answer(row, logp[:len(row)]) for row, logp in zip(said, torch.stack(logps, 1).tolist())]
 
     def mask_padded_vocabulary(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """A logits processor: sets the scores (B, V) of ids that the tokenizer doesn't have to -inf, in place."""
@@ -651,6 +659,42 @@ class Policy:
         if not self.update_tokens:
             self.update_tokens = self.budget(update, 1, len(longest.prompt) + len(longest.response), SPARE * limit - adam)
 
+    @contextlib.contextmanager
+    def unpacked(self, rows: int, length: int) -> Iterator[None]:
+        """While answers are decoded, keep bf16 copies of the 4-bit weights that bitsandbytes would unpack anew in every step of so
+        many rows, as far as they fit beside a cache of so many tokens a row. Which those are is measured, once for each shape."""
+        room, kept = self.room_beside(rows * length) if self.cfg.four_bit and self.gen_tokens else 0.0, []
+        if room > 0:
+            from bitsandbytes.functional import dequantize_4bit
+            from bitsandbytes.nn import Linear4bit
+            for layer in (module for module in self.model.modules() if isinstance(module, Linear4bit)):
+                shape, size = (rows, layer.in_features, layer.out_features), 2 * layer.in_features * layer.out_features
+                if size > room or self.pays.get(shape) is False:
+                    continue
+                weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(torch.bfloat16)
+                plain = partial(bf16_linear, weight, layer.bias)
+                if shape not in self.pays:
+                    x = torch.ones(rows, layer.in_features, device=self.device, dtype=self.model.dtype)
+                    self.pays[shape] = best_time(partial(plain, x)) < 0.8 * best_time(partial(layer, x))
+                if self.pays[shape]:
+                    layer.forward, room = plain, room - size
+                    kept.append(layer)
+        try:
+            yield
+        finally:
+            for layer in kept:
+                del layer.forward
+
+    def room_beside(self, tokens: int) -> float:
+        """Bytes of device memory that are free beside a cache of so many tokens and what else decoding takes; 0 on a CPU."""
+        if self.device != "cuda":
+            return 0.0
+        config, taken = self.model.config.get_text_config(), torch.cuda.memory_allocated()
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        cache = tokens * config.num_hidden_layers * config.num_key_value_heads * width * 2 * 2             # keys and values, bf16
+        free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - taken
+        return SPARE * min(free, self.cfg.memory_gib * 2**30 - taken if self.cfg.memory_gib else free) - cache - DECODING
+
     def rest(self) -> None:
         """Drop gradients and leave training mode."""
         self.model.zero_grad(set_to_none=True)
@@ -724,6 +768,24 @@ def output_head(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
         return cap * torch.tanh(logits / cap) if cap else logits
 
     return scaled
+
+
+def bf16_linear(weight: torch.Tensor, bias: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
+    """The product of a 4-bit layer with its weights unpacked."""
+    return torch.nn.functional.linear(x.bfloat16(), weight, None if bias is None else bias.bfloat16()).to(x.dtype)
+
+
+@torch.no_grad()
+def best_time(work: Callable[[], Any]) -> float:
+    """Seconds of the fastest of some tries, the device's included."""
+    wait, times = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None, []
+    for _ in range(8):
+        wait()
+        started = time.perf_counter()
+        work()
+        wait()
+        times.append(time.perf_counter() - started)
+    return min(times)
 
 
 def make_optimizer(policy: Policy) -> torch.optim.Optimizer:

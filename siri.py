@@ -138,6 +138,8 @@ class Config:
     weight_decay: float = setting(0.01, "of AdamW [R]", number(0))
     grad_clip: float = setting(1.0, "largest gradient norm [R]")
     clip: float = setting(0.2, "ratio clip of G7 [R]")
+    old: str = setting("update", "old log-probabilities of G7, where an iteration has several optimizer steps: from a forward pass "
+                       "before the update, or the sampler's own, which saves the pass [O]", choices=("update", "sampler"))
     dual_clip: float = setting(0.0, "dual clip for negative advantages, above 1; 0 is off [R: option, 3]", number(0))
     kl_beta: float = setting(0.01, "coefficient of the KL term, G8 [R]", number(0))
     minibatch: int = setting(256, "rows per optimizer step [R]")
@@ -381,7 +383,8 @@ class Row:
     advantage: float = 0.0
     gate: list[bool] = field(default_factory=list)          # empty: an RL row
     weight: float = 0.0
-    old: torch.Tensor | None = field(default=None, repr=False)          # log-probabilities when sampled, G7; None: as now
+    sampled: list[float] = field(default_factory=list, repr=False)      # log-probabilities that the sampler had, if known
+    old: torch.Tensor | None = field(default=None, repr=False)          # those before the update, G7; None: as now
     reference: torch.Tensor | None = field(default=None, repr=False)    # and under the reference, G8; None: no KL term
 
     def __len__(self) -> int:
@@ -401,7 +404,8 @@ class GuidedStep:
 
 def rl_rows(groups: Iterable[Group]) -> list[Row]:
     """Every step of every rollout, guided or plain, under the prompt that it was sampled with."""
-    return [Row(s.prompt, s.response, s.advantage) for group in groups for e in group for s in e.steps]
+    return [Row(s.prompt, s.response, s.advantage, sampled=getattr(s.response, "logp", []))
+            for group in groups for e in group for s in e.steps]
 
 
 def guided_steps(group: Group, effect: float, policy: Policy, unit: float) -> list[GuidedStep]:
@@ -461,6 +465,9 @@ def step_loss(policy: Policy, rows: Sequence[Row], n_rl: int, n_int: int, lam: f
         if rl[0].reference is not None:
             kl = gigpo.kl_k3(logp, torch.cat([r.reference for r in rl])).sum()
         loss = (surrogate + cfg.kl_beta * kl) / n_rl
+        if rl[0].old is None and all(r.sampled for r in rl):
+            sums["sampler_gap"] = (logp.detach().cpu() - torch.tensor([x for r in rl for x in r.sampled])).abs().sum().item()
+            sums["compared"] = len(logp)
         clipped = ((logp.detach() - old).exp().sub(1).abs() > cfg.clip).sum()
         sums.update(pg_loss=surrogate.item() / n_rl, kl=kl.item(), entropy=entropy.sum().item(), clipped=clipped.item(),
                     tokens=len(logp))
@@ -480,7 +487,8 @@ def update(policy: Policy, optimizer: torch.optim.Optimizer, rl: Sequence[Row], 
     """One iteration's optimizer steps. Every RL row counts in exactly one of them, every internalization row in `distill_epochs`.
 
     `bad` is how many steps in a row had no finite gradient before; BAD_STEPS of them raise UserError. Returns kl and entropy in
-    nats per token (of rows with an advantage), clip_fraction per token, losses and grad_norm (before clipping) as means over the
+    nats per token (of rows with an advantage), sampler_gap (how far the sampler's log-probabilities were from those of the first
+    step) and clip_fraction per token, losses and grad_norm (before clipping) as means over the
     steps, and counts. UserError also if a single row doesn't fit into memory.
     """
     n_steps, order = max(1, math.ceil(len(rl) / cfg.minibatch)), np.array([], int)
@@ -492,8 +500,9 @@ def update(policy: Policy, optimizer: torch.optim.Optimizer, rl: Sequence[Row], 
     signal = [r for r in rl if r.advantage != 0.0]
     # In the first step the policy is still the one that sampled: the ratio of G7 is 1, whatever its old log-probabilities.
     later = [rl[i] for share, _ in shares[1:] for i in share if rl[i].advantage != 0.0]
-    for r, logp in zip(later, policy.frozen_logprobs(later)):
-        r.old = logp
+    sampler = cfg.old == "sampler" and all(r.sampled for r in later)
+    for r, logp in zip(later, (torch.tensor(r.sampled) for r in later) if sampler else policy.frozen_logprobs(later)):
+        r.old = logp.to(policy.device)
     if cfg.kl_beta:
         with policy.model.disable_adapter():                                # the reference is the policy without its adapter
             for r, logp in zip(signal, policy.frozen_logprobs(signal)):
@@ -519,7 +528,8 @@ def update(policy: Policy, optimizer: torch.optim.Optimizer, rl: Sequence[Row], 
     policy.model.eval()
     tokens = max(total["tokens"], 1)
     return dict(pg_loss=total["pg_loss"] / n_steps, int_loss=total["int_loss"] / n_steps, kl=total["kl"] / tokens,
-                entropy=total["entropy"] / tokens, clip_fraction=total["clipped"] / tokens,
+                entropy=total["entropy"] / tokens, sampler_gap=total["sampler_gap"] / max(total["compared"], 1),
+                clip_fraction=total["clipped"] / tokens,
                 grad_norm=total["grad_norm"] / n_steps, optimizer_steps=n_steps, skipped_steps=total["skipped"],
                 bad_steps=bad, rows=total["rows"], row_tokens=total["row_tokens"])
 

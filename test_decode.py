@@ -1,5 +1,6 @@
 """Sampling: the draw, and the decoder, whose answers are those of `generate` however its batches are cut and refilled."""
 
+import dataclasses
 import math
 import random
 from collections import Counter
@@ -29,7 +30,7 @@ def test_numbers_belong_to_their_stream_and_place():
 def test_what_is_drawn_has_the_models_distribution():
     """Chi-square of 40,000 draws, one for each number of a stream, against softmax."""
     logits, n, temperature = torch.randn(50, generator=torch.Generator().manual_seed(0)) * 2, 40_000, 0.7
-    drawn = Counter(draw(logits.expand(n, -1), uniforms([1], n)[0], temperature, 48).tolist())
+    drawn = Counter(draw(logits.expand(n, -1), uniforms([1], n)[0], temperature, 48)[0].tolist())
     expected = n * torch.softmax(logits[:48].double() / temperature, 0).numpy()
     common = expected >= 5
     seen, expected = (np.append(x[common], x[~common].sum()) for x in (np.array([drawn[i] for i in range(48)]), expected))
@@ -40,17 +41,17 @@ def test_what_is_drawn_has_the_models_distribution():
 def test_an_id_of_probability_0_is_never_drawn_and_a_rare_one_is():
     logits = torch.tensor([[-math.inf, 0.0, -math.inf, 0.0, -math.inf]])
     edges = torch.tensor([0.0, 0.25, np.nextafter(0.5, 0), 0.5, np.nextafter(1, 0)], dtype=torch.float64)
-    assert draw(logits.expand(5, -1), edges, 1.0, 5).tolist() == [1, 1, 1, 3, 3]
+    assert draw(logits.expand(5, -1), edges, 1.0, 5)[0].tolist() == [1, 1, 1, 3, 3]
     # A hundred thousand ids of 1e-9 each, behind one that has nearly all: in float32 their sum would not move.
     rare = torch.full((1, 100_001), math.log(1e-9))
     rare[0, 0] = 0.0
-    assert draw(rare.expand(2, -1), torch.tensor([0.99985, 0.99995], dtype=torch.float64), 1.0, 100_001)[0] == 0
-    late = draw(rare.expand(2, -1), torch.tensor([0.99992, 0.99998], dtype=torch.float64), 1.0, 100_001)
-    assert 0 < late[0] < late[1] < 100_001
+    assert draw(rare.expand(2, -1), torch.tensor([0.99985, 0.99995], dtype=torch.float64), 1.0, 100_001)[0][0] == 0
+    late, logp = draw(rare.expand(2, -1), torch.tensor([0.99992, 0.99998], dtype=torch.float64), 1.0, 100_001)
+    assert 0 < late[0] < late[1] < 100_001 and logp.tolist() == pytest.approx([math.log(1e-9 / 1.0001)] * 2, abs=1e-4)
 
 
 def test_temperature_0_is_the_likeliest_within_the_vocabulary():
-    assert draw(torch.tensor([[1.0, 3.0, 2.0, 9.0]]), torch.zeros(1, dtype=torch.float64), 0.0, 3).tolist() == [1]
+    assert draw(torch.tensor([[1.0, 3.0, 2.0, 9.0]]), torch.zeros(1, dtype=torch.float64), 0.0, 3)[0].tolist() == [1]
 
 
 # ---- 2. the decoder against `generate` -------------------------------------------------------------------------------
@@ -151,11 +152,39 @@ def test_a_response_ends_with_the_token_that_completes_an_end_tag(stranger, monk
     told = {number: token for row, script in enumerate(scripts)
             for number, token in zip(uniforms([row], 50)[0].tolist(), script + [7] * 50)}
     for room in (decode, rooms):
-        monkeypatch.setattr(room, "draw", lambda logits, uniform, *_: torch.tensor([told[number] for number in uniform.tolist()]))
+        monkeypatch.setattr(room, "draw", lambda logits, uniform, *_: (torch.tensor([told[u] for u in uniform.tolist()]), torch.zeros(len(uniform))))
     monkeypatch.setattr(stranger, "lock_step", lock_step)
     said = stranger.generate(prompts, 1.0, 50)
     assert [stranger.tokenizer.decode(ids) for ids in said[:2]] == ["<think>so</think><action>look</action>", "</skill>"]
     assert said[2] == (scripts[2] + [7] * 50)[:50] and said[3] == scripts[3][:scripts[3].index(2) + 1]
+
+
+def test_4bit_weights_are_kept_unpacked_while_decoding_where_that_pays_and_fits(tmp_path, monkeypatch):
+    """With the same products; afterwards they are 4-bit layers again."""
+    from bitsandbytes.nn import Linear4bit
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)    # with it weights are packed another way
+    write_model(tmp_path, "Llama", hidden_size=64, intermediate_size=128)
+    policy = awake(Policy(dataclasses.replace(stranger_config(tmp_path), four_bit=True)))
+    layers = [module for module in policy.model.modules() if isinstance(module, Linear4bit)]
+    asked, kept, answer = [layer(torch.eye(layer.in_features)) for layer in layers], [], decode.Decoder.answer
+
+    def answered(*args):
+        """What is kept while answers are decoded, and that it is the same product."""
+        kept[:] = [(m.in_features, m.out_features) for m in layers if "forward" in vars(m)]
+        for layer, before in zip(layers, asked):
+            assert (layer(torch.eye(layer.in_features)) - before).norm() < 0.01 * before.norm()
+        return answer(*args)
+
+    monkeypatch.setattr(decode.Decoder, "answer", answered)
+    monkeypatch.setattr(rooms, "best_time", lambda work: 1.0 + isinstance(work.func, Linear4bit))
+    for room, n in ((1e9, 14), (3 * 2 * 64 * 64, 4), (0.0, 0)):
+        monkeypatch.setattr(policy, "room_beside", lambda tokens: room)
+        policy.generate(ragged(policy, 6), 0.0, 8)
+        assert len(kept) == n
+    policy.pays = {shape: shape[1:] == (128, 64) for shape in policy.pays}
+    monkeypatch.setattr(policy, "room_beside", lambda tokens: 1e9)
+    policy.generate(ragged(policy, 6), 0.0, 8)
+    assert kept == [(128, 64)] * 2 and not any("forward" in vars(m) for m in layers)
 
 
 # ---- 3. what a batch must not change ---------------------------------------------------------------------------------

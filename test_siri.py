@@ -554,3 +554,35 @@ def test_wilson_interval_solves_its_defining_equation(wins, n):
     # Its ends are the rates p0 from which the observed rate is 1.96 standard errors *of p0* away.
     for p0 in wilson(wins, n):
         assert abs(wins / n - p0) == pytest.approx(1.96 * math.sqrt(abs(p0 * (1 - p0)) / n), abs=1e-6)
+
+
+def test_the_samplers_log_probabilities_are_those_of_the_update_and_may_stand_for_them(policy, small):
+    """Nothing but rounding lies between them; with `--old sampler` they save a forward pass and move the gradient as little."""
+    tasks = [small.tasks("train")[i] for i in range(3)]
+    groups = siri.rollout(policy, small, [(task, [None] * 4) for task in tasks], 1.0)
+    rows = siri.rl_rows(groups)
+    for k, row in enumerate(rows):
+        row.advantage = (-1.0) ** k
+    said, _ = policy.logprobs(rows)
+    assert (said - torch.tensor([x for row in rows for x in row.sampled])).abs().max() < 1e-4
+    cfg, calls, frozen = dataclasses.replace(policy.cfg, minibatch=len(rows) // 3, kl_beta=0.0), [], policy.frozen_logprobs
+
+    def moved(**changes):
+        before = [p.detach().clone() for p in policy.trainable]
+        optimizer = torch.optim.SGD(policy.trainable, lr=0.01)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(policy, "frozen_logprobs", lambda rows: calls.append(len(rows)) or frozen(rows))
+            stats = siri.update(policy, optimizer, [dataclasses.replace(row) for row in rows], [], 0.0,
+                                dataclasses.replace(cfg, **changes), np.random.default_rng(0))
+        after = torch.cat([(p.detach() - old).flatten() for p, old in zip(policy.trainable, before)])
+        with torch.no_grad():
+            for p, old in zip(policy.trainable, before):
+                p.copy_(old)
+        return after, stats
+
+    (ours, stats), asked = moved(), calls[:]
+    calls.clear()
+    theirs, _ = moved(old="sampler")
+    assert stats["optimizer_steps"] > 2 and 0 < stats["sampler_gap"] < 1e-4
+    assert asked == [len(rows) - math.ceil(len(rows) / stats["optimizer_steps"])] and calls == []       # of later steps only
+    assert (ours - theirs).norm() < 1e-3 * ours.norm()
