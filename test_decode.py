@@ -13,7 +13,7 @@ import torch
 import decode
 import policy as rooms
 import siri
-from conftest import awake, config, gradient, some_rows, stranger_config, write_model
+from conftest import awake, config, gradient, slow, some_rows, stranger_config, write_model
 from decode import draw, uniforms
 from policy import Policy
 from tools.settings import make_environment
@@ -100,9 +100,10 @@ def test_a_hundred_ragged_rows_are_answered_as_generate_would(request, name, tem
 
 
 @pytest.mark.parametrize("architecture, changes", [
-    ("Llama", {}), ("Llama", dict(tie_word_embeddings=True)), ("Qwen3", {}), ("GPTNeoX", {}), ("OPT", dict(ffn_dim=64, word_embed_proj_dim=32)),
-    ("GPT2", dict(n_embd=32, n_layer=2, n_head=4)), ("Granite", dict(logits_scaling=4.0)), ("Cohere", dict(logit_scale=0.5)),
-    ("Phi3", dict(pad_token_id=0))])
+    ("Llama", dict(tie_word_embeddings=True)), ("GPTNeoX", {}), ("OPT", dict(ffn_dim=64, word_embed_proj_dim=32)),
+    ("GPT2", dict(n_embd=32, n_layer=2, n_head=4)), ("Granite", dict(logits_scaling=4.0)), *(
+        pytest.param(name, changes, marks=slow) for name, changes in (
+            ("Llama", {}), ("Qwen3", {}), ("Cohere", dict(logit_scale=0.5)), ("Phi3", dict(pad_token_id=0))))])
 def test_other_architectures_are_answered_alike(tmp_path, architecture, changes):
     write_model(tmp_path, architecture, **changes)
     policy = awake(Policy(stranger_config(tmp_path)))

@@ -20,7 +20,7 @@ from policy import Policy, UserError
 from tools.oracle import walked, winning_actions
 from tools.terminal import say
 
-GAMES_AT_ONCE = 16          # between two lines of progress
+GAMES_AT_ONCE = 8           # between two lines of progress: some 60 steps, one optimizer step
 
 
 def answer(policy: Policy, action: str) -> tuple[list[int], str]:
