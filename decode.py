@@ -142,7 +142,7 @@ class Decoder:
             n, width = max(1, PREFILL // len(order[-1])), len(order[-1])            # the longest first, as many as fit
             part, order = order[-n:], order[:-n]
             # Padding on the right and causal attention: no mask is needed, which is what fast attention kernels ask for.
-            ids = torch.tensor([[*prompt] + [0] * (width - len(prompt)) for prompt in part], device=self.device)     # (n, T)
+            ids = torch.tensor([[*prompt, *prompt[:1] * (width - len(prompt))] for prompt in part], device=self.device)     # (n, T)
             cache = DynamicCache(config=self.model.config)
             hidden = self.model.base_model(input_ids=ids, use_cache=True, **{self.cache_name: cache}).last_hidden_state
             if not self.store:

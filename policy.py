@@ -205,7 +205,7 @@ def attach_adapter(model: Any, cfg: Settings, folder: Path | None) -> Any:
         raise UserError(f"--model {cfg.model}: cannot carry a LoRA adapter on all of its linear layers ({one_line(e)}); use "
                         "another model") from e
     for module in adapted.modules():
-        if isinstance(module, LoraLayer):
+        if isinstance(module, LoraLayer) and type(module).__name__ in ("Linear", "Linear4bit"):       # experts are of another kind
             module.forward = MethodType(lora_forward, module)
     if folder is None:
         return adapted
@@ -579,7 +579,7 @@ class Policy:
         model = self.model.get_base_model()
         # Padding on the right is seen by no token before it: without a mask, attention takes its fast kernels.
         width = max(len(r.prompt) + len(r.response) for r in rows)
-        ids = torch.tensor([[*r.prompt, *r.response] + [self.pad] * (width - len(r.prompt) - len(r.response)) for r in rows],
+        ids = torch.tensor([[*r.prompt, *r.response] + r.prompt[:1] * (width - len(r.prompt) - len(r.response)) for r in rows],
                            device=self.device)                                                    # (B, T)
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state               # (B, T, H)
         # A token is predicted by the state before it, so the logits of prompts, most of a batch, are never computed.
