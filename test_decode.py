@@ -4,7 +4,7 @@ import dataclasses
 import math
 import random
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import pytest
@@ -96,7 +96,7 @@ def test_a_hundred_ragged_rows_are_answered_as_generate_would(request, name, tem
     with in_double(policy):
         fast = talks(policy, prompts, "", temperature, gen_tokens=20 * (policy.cfg.max_prompt + 12))     # 20 rows at a time
         assert fast == talks(policy, prompts, "a test", temperature)
-    assert len({len(ids) for said in fast.values() for ids in said}) > (name == "policy") and len(fast) == 100
+    assert len({len(ids) for said in fast.values() for ids in said}) > (name == "policy" and temperature > 0) and len(fast) == 100
 
 
 @pytest.mark.parametrize("architecture, changes", [
@@ -110,7 +110,7 @@ def test_other_architectures_are_answered_alike(tmp_path, architecture, changes)
     policy = awake(Policy(stranger_config(tmp_path)))
     assert policy.lock_step == ""
     prompts = ragged(policy, 12)
-    with in_double(policy):
+    with in_double(policy) if "Moe" not in architecture else nullcontext():             # its experts' kernels know no doubles
         for temperature in (0.0, 1.0):
             assert talks(policy, prompts, "", temperature, gen_tokens=5 * 2100) == talks(policy, prompts, "a test", temperature)
 
