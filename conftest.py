@@ -23,7 +23,6 @@ import torch
 
 import envs
 import siri
-from decode import in_lock_step
 from policy import Policy
 from run import main
 from skills import SkillBank
@@ -265,11 +264,6 @@ def some_rows(policy):
     torch.manual_seed(0)
     return [siri.Row(policy.encode("look " * n), torch.randint(4, policy.vocab, (m,)).tolist(), a)
             for n, m, a in ((1, 4, 1.0), (40, 4, -0.5), (3, 9, 2.0), (20, 1, 0.3), (7, 4, -1.0))]
-
-
-def scripted(speak):
-    """In the place of a policy's `converse`: answers as `speak` has them for the prompts of each round."""
-    return lambda asks, follow, *_: in_lock_step(asks, follow, lambda asks: speak([prompt for prompt, _ in asks]), 10**6)
 
 
 def learner_of(policy, **parts):

@@ -491,6 +491,9 @@ class Policy:
         next, or None. At most `at_once` are answered together, others are read from `asks` when there is room; no prompt is
         longer than `longest`, by default `max_prompt`. How rows share batches (`gen_tokens`) is not seen in any response.
         UserError if not even a single row fits into memory."""
+        if "generate" in vars(self):                    # another engine, or a script, was put in its place: it is asked in rounds
+            return in_lock_step(asks, follow, lambda asks: self.generate(
+                [prompt for prompt, _ in asks], temperature, max_new, [dice for _, dice in asks]), at_once)
         fresh, unheard = iter(asks), dict[int, Ask]()
 
         def waiting() -> Iterable[tuple[int, Ask]]:

@@ -33,7 +33,6 @@ from conftest import (
     close,
     gradient,
     offline,
-    scripted,
     some_rows,
     stranger_config,
     write_model,
@@ -375,7 +374,7 @@ def test_a_thought_that_the_template_has_begun_counts_as_part_of_the_response(tm
     write_model(tmp_path, template=CHATML.replace(head, head + tail))
     policy = Policy(stranger_config(tmp_path))
     said = ("open it\n</think>\n" if tail == "<think>\n" else "") + "<action>look</action>"
-    policy.converse = scripted(lambda prompts: [policy.tokenizer.encode(said, add_special_tokens=False) for _ in prompts])
+    policy.generate = lambda prompts, *_: [policy.tokenizer.encode(said, add_special_tokens=False) for _ in prompts]
     step = siri.rollout(policy, plans, [(plans.tasks("train")[0], [None])], 1.0)[0][0].steps[0]
     assert step.valid and step.action == "look" and step.text == tail + said
     assert "order: <think>one short" in policy.tokenizer.decode(step.prompt)       # our own tags are no marks of roles

@@ -48,7 +48,6 @@ from conftest import (
     new_bank,
     offline,
     play,
-    scripted,
     shop_of,
     slow,
     some,
@@ -992,10 +991,10 @@ class Parrot:
 
     def __call__(self, cfg, adapter=None):
         self.policy.cfg = cfg
-        self.policy.converse = scripted(self.speak)
+        self.policy.generate = self.speak
         return self.policy
 
-    def speak(self, prompts):
+    def speak(self, prompts, *_):
         texts = map(self.policy.tokenizer.decode, prompts)
         return [self.policy.tokenizer(f"<think>x</think><action>{self.choose(text)}</action>",
                                       add_special_tokens=False).input_ids for text in texts]

@@ -25,7 +25,6 @@ from conftest import (
     gradient,
     learner_of,
     new_bank,
-    scripted,
     small_game,
     some_rows,
     stranger_config,
@@ -49,7 +48,7 @@ def small():
 def teach(policy, monkeypatch, say):
     """Replace sampling: `say(k)` gives the texts of the k responses that are asked for."""
     ids = lambda text: policy.tokenizer(text, add_special_tokens=False).input_ids
-    monkeypatch.setattr(policy, "converse", scripted(lambda prompts: [ids(text) for text in say(len(prompts))]))
+    monkeypatch.setattr(policy, "generate", lambda prompts, *_: [ids(text) for text in say(len(prompts))])
 
 
 def winner_and_mumbler(policy, monkeypatch, env, task, skill=None):
