@@ -763,14 +763,14 @@ def test_an_answer_to_imitate_is_one_that_is_played(stranger_folder, tmp_path, o
 def test_a_base_that_wins_nothing_imitates_and_one_that_wins_does_not(stranger_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(imitation, "GAMES_AT_ONCE", 2)
-    run = (f"--preset paper --no-4bit --generated --model {stranger_folder} --lora-r 4 --max-response 4 --max-steps 15 --panel 2 "
-           "--groups 1 --group-size 2 --warmup-max 1 --variant gigpo --mining-max 0 --distill-max 0 --imitate 6 --imitate-lr 0.01 --name x")
+    run = (f"--preset paper --no-4bit --generated --model {stranger_folder} --lora-r 4 --max-response 4 --max-steps 15 --panel 1 "
+           "--groups 1 --group-size 2 --warmup-max 1 --variant gigpo --mining-max 0 --distill-max 0 --imitate 4 --imitate-lr 0.01 --name x")
     assert main(run.split()) == 0
     out = capsys.readouterr().out
     losses = [float(x) for x in re.findall(r"games imitated  (\S+) nats", out)]
-    assert len(losses) == 3 and losses[2] < 0.9 * losses[0]
+    assert len(losses) == 2 and losses[1] < 0.95 * losses[0]
     labels = [r["label"] for r in json.loads((tmp_path / "runs" / "x" / "results.json").read_text())]
-    assert labels == ["before imitation", "base", "final"] and "6 games imitated" in out
+    assert labels == ["before imitation", "base", "final"] and "4 games imitated" in out
     real = siri.evaluate
 
     def winning(*args, **more):
