@@ -406,8 +406,9 @@ class Policy:
             trained, _ = self.logprobs([SimpleNamespace(prompt=q, response=r) for q, r in zip(prompts, tokens.tolist())])
             self.model.eval()
             off = (trained - sampled).abs().mean().item()
-            if off < noise:
-                self.lock_step = self.decoder_differs(prompts, tokens, logits, noise)
+            if off < noise and (why := self.decoder_differs(prompts, tokens, logits, noise)):
+                self.lock_step = why
+                tqdm.write(f"answers come from `generate`, batch by batch, which is slower than the decoder: {why}")
         except Exception as e:
             if isinstance(e, UserError) or out_of_memory(e):
                 raise
@@ -657,7 +658,9 @@ class Policy:
         # Two probes of each kind of work are a line: what is taken anyway, and what a token takes more.
         if not self.gen_tokens:
             width = len(longest.prompt)
-            probe = lambda rows: self.answer_all(enumerate([(longest.prompt, 0)] * rows), lambda *_: None, 1.0, 2, rows, width)
+            # No two prompts alike: equal ones would be read once, and take less memory than those of a rollout may.
+            probe = lambda rows: self.answer_all(enumerate(([i, *longest.prompt[1:]], 0) for i in range(rows)), lambda *_: None,
+                                                 1.0, 2, rows, width)
             self.gen_tokens = self.budget(probe, PROBE_ROWS, width + 2, SPARE * limit - adam)
         if not self.update_tokens:
             self.update_tokens = self.budget(update, 1, len(longest.prompt) + len(longest.response), SPARE * limit - adam)
@@ -667,22 +670,22 @@ class Policy:
         """While answers are decoded, keep bf16 copies of the 4-bit weights that bitsandbytes would unpack anew in every step of so
         many rows, as far as they fit beside a cache of so many tokens a row. Which those are is measured, once for each shape."""
         room, kept = self.room_beside(rows * length) if self.cfg.four_bit and self.gen_tokens else 0.0, []
-        if room > 0:
-            from bitsandbytes.functional import dequantize_4bit
-            from bitsandbytes.nn import Linear4bit
-            for layer in (module for module in self.model.modules() if isinstance(module, Linear4bit)):
-                shape, size = (rows, layer.in_features, layer.out_features), 2 * layer.in_features * layer.out_features
-                if size > room or self.pays.get(shape) is False:
-                    continue
-                weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(torch.bfloat16)
-                plain = partial(bf16_linear, weight, layer.bias)
-                if shape not in self.pays:
-                    x = torch.ones(rows, layer.in_features, device=self.device, dtype=self.model.dtype)
-                    self.pays[shape] = best_time(partial(plain, x)) < 0.8 * best_time(partial(layer, x))
-                if self.pays[shape]:
-                    layer.forward, room = plain, room - size
-                    kept.append(layer)
         try:
+            if room > 0:
+                from bitsandbytes.functional import dequantize_4bit
+                from bitsandbytes.nn import Linear4bit
+                for layer in (module for module in self.model.modules() if isinstance(module, Linear4bit)):
+                    shape, size = (rows, layer.in_features, layer.out_features), 2 * layer.in_features * layer.out_features
+                    if size > room or self.pays.get(shape) is False:
+                        continue
+                    weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(torch.bfloat16)
+                    plain = partial(bf16_linear, weight, layer.bias)
+                    if shape not in self.pays:
+                        x = torch.ones(rows, layer.in_features, device=self.device, dtype=self.model.dtype)
+                        self.pays[shape] = best_time(partial(plain, x)) < 0.8 * best_time(partial(layer, x))
+                    if self.pays[shape]:
+                        layer.forward, room = plain, room - size
+                        kept.append(layer)
             yield
         finally:
             for layer in kept:

@@ -431,8 +431,6 @@ def train_run(cfg: Config, lock: Lock, reason: str, checkpoint: Path | None) -> 
     # What was found out at the start is kept: a run is resumed with the same batches, and on no other model.
     cfg.gen_tokens, cfg.update_tokens, cfg.base = policy.gen_tokens, policy.update_tokens, policy.base
     say(f"memory: batches of {policy.gen_tokens} tokens to generate, {policy.update_tokens} to update")
-    if policy.lock_step:
-        say(f"answers come from `generate`, batch by batch, which is slower than the decoder: {policy.lock_step}")
     if policy.chat.before:
         say(f"the chat template asks for a system turn: every prompt begins with {policy.chat.before[0]['content']!r}")
     learner = siri.Learner.begin(cfg, env, policy)

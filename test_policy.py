@@ -138,7 +138,7 @@ def test_token_budgets_follow_from_what_two_probes_of_each_kind_take(policy, mon
         taken.append(5 * gib + 3 * mib * len(rows))
         return torch.zeros(1, requires_grad=True), None
 
-    policy.answer_all = lambda asks, *_: taken.append(5 * gib + mib * len([*asks]))
+    policy.answer_all = lambda asks, *_: taken.append(5 * gib + mib * len({tuple(prompt) for _, (prompt, _) in asks}))     # none alike
     policy.logprobs = logprobs
     for name, result in dict(get_device_properties=SimpleNamespace(total_memory=24 * gib), memory_reserved=0,
                              mem_get_info=(23 * gib, 24 * gib), empty_cache=None, reset_peak_memory_stats=None).items():
