@@ -409,7 +409,7 @@ class Policy:
             if off < noise and (why := self.decoder_differs(prompts, tokens, logits, noise)):
                 self.lock_step = why
                 tqdm.write(f"answers come from `generate`, batch by batch, which is slower than the decoder: {why}")
-        except Exception as e:
+        except Exception as e:          # a model's own code may raise anything
             if isinstance(e, UserError) or out_of_memory(e):
                 raise
             raise UserError(f"--model {self.cfg.model}: cannot generate or be trained ({one_line(e)}); use another model") from e

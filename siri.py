@@ -256,9 +256,11 @@ def rollout(policy: Policy, env: envs.Environment, plan: Plan, temperature: floa
     """
     groups = [[Episode(task, skill) for skill in dealt] for task, dealt in plan]
     players = [(g, e) for g, group in enumerate(groups) for e in group]
-    rollouts: Counter[str] = Counter()                                      # of each task, over all of its groups
-    streams = [(e.task.id, rollouts.update([e.task.id]) or rollouts[e.task.id]) for _, e in players]
     playing = Counter(g for g, _ in players)
+    streams, rollouts = [], Counter[str]()                                  # a task's rollouts are counted over all of its groups
+    for _, e in players:
+        rollouts[e.task.id] += 1
+        streams.append((e.task.id, rollouts[e.task.id]))
 
     def ask(i: int) -> Ask:
         """What the policy is asked next in episode i."""

@@ -31,7 +31,7 @@ from policy import Policy, UserError
 from run import ACTIONS, add_result, append_metrics, main, parse_arguments, save_sample
 from tools import bench, figures, imitation, metrics, probe, report
 from tools import play as terminal
-from tools.files import read_json, write_json
+from tools.files import latest_checkpoint, read_json, write_json
 from tools.metrics import wilson
 from tools.oracle import winning_actions
 from tools.settings import flag, make_environment, resolve
@@ -781,6 +781,25 @@ def test_a_base_that_wins_nothing_imitates_and_one_that_wins_does_not(stranger_f
     monkeypatch.setattr(siri, "evaluate", winning)
     assert main([*run.split()[:-1], "y"]) == 0
     assert "nothing is imitated" in (out := capsys.readouterr().out) and "games imitated" not in out
+
+
+def test_a_cold_start_that_was_killed_is_made_again_to_the_same_policy(stranger_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run = (f"--preset paper --no-4bit --generated --model {stranger_folder} --lora-r 4 --max-response 4 --max-steps 15 --panel 1 "
+           "--groups 1 --group-size 2 --warmup-max 1 --variant gigpo --mining-max 0 --distill-max 0 --imitate 2 --name").split()
+    real, adapter = siri.update, lambda name: (latest_checkpoint(tmp_path / "runs" / name) / "adapter_model.safetensors").read_bytes()
+
+    def killed(*args):
+        real(*args)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(siri, "update", killed)
+        assert main([*run, "x"]) == 130
+    assert main(["--resume", "runs/x"]) == 0 and main([*run, "y"]) == 0
+    assert adapter("x") == adapter("y")
+    labels = [[r["label"] for r in read_json(tmp_path / "runs" / name / "results.json")] for name in "xy"]
+    assert labels == [["before imitation", "base", "final"]] * 2
 
 
 def test_the_tiny_policy_imitates_nothing(capsys):
