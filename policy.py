@@ -36,11 +36,11 @@ from typing import Any, Protocol, TypeVar
 
 import psutil
 import torch
-from tqdm import tqdm
 
 import gigpo
 from decode import PREFILL, Answer, Ask, Decoder, Follow, Unservable, draw, in_lock_step, uniforms
 from tools.limits import within
+from tools.terminal import say
 
 # Batches of any length leave no holes. Read by torch at the first look at the device, so here and not in `Policy`.
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
@@ -408,7 +408,7 @@ class Policy:
             off = (trained - sampled).abs().mean().item()
             if off < noise and (why := self.decoder_differs(prompts, tokens, logits, noise)):
                 self.lock_step = why
-                tqdm.write(f"answers come from `generate`, batch by batch, which is slower than the decoder: {why}")
+                say(f"answers come from `generate`, batch by batch, which is slower than the decoder: {why}")
         except Exception as e:          # a model's own code may raise anything
             if isinstance(e, UserError) or out_of_memory(e):
                 raise
@@ -756,7 +756,7 @@ class Policy:
                 raise UserError("out of memory with a single row: lower --max-prompt and --max-response"
                                 f"{'' if self.cfg.four_bit else ', or add --4bit'}")
             setattr(self, budget, tokens // 2)
-            tqdm.write(f"     out of memory: {budget} is {tokens // 2} from here on; trying again")
+            say(f"     out of memory: {budget} is {tokens // 2} from here on; trying again")
 
 
 # ---- 5. Helpers ------------------------------------------------------------------------------------------------

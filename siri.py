@@ -257,9 +257,9 @@ def rollout(policy: Policy, env: envs.Environment, plan: Plan, temperature: floa
     groups = [[Episode(task, skill) for skill in dealt] for task, dealt in plan]
     players = [(g, e) for g, group in enumerate(groups) for e in group]
     playing = Counter(g for g, _ in players)
-    streams, rollouts = [], Counter[str]()                                  # a task's rollouts are counted over all of its groups
+    streams, rollouts = [], Counter[str]()
     for _, e in players:
-        rollouts[e.task.id] += 1
+        rollouts[e.task.id] += 1                    # counted over all groups of the task
         streams.append((e.task.id, rollouts[e.task.id]))
 
     def ask(i: int) -> Ask:
@@ -276,7 +276,7 @@ def rollout(policy: Policy, env: envs.Environment, plan: Plan, temperature: floa
                 yield i, ask(i)
 
     def play_on(i: int, response: list[int]) -> Ask | None:
-        """Take the step that the policy answered in episode i; the next question, if the episode goes on."""
+        """Take the step that the policy answered in episode i; the next question, if it goes on. No episode waits for another."""
         g, e = players[i]
         # What can't be parsed is sent as "", which no world admits: it costs a step, and c of G6 [O].
         text = policy.answer(response)
@@ -301,7 +301,6 @@ def rollout(policy: Policy, env: envs.Environment, plan: Plan, temperature: floa
 
     try:
         with envs.Games(env, [task for task, _ in plan], [] if failures is None else failures) as games:
-            # Episodes don't wait for each other: one that has its answer takes its step, and its next prompt joins the batch.
             policy.converse(begin(), play_on, temperature, policy.cfg.max_response, policy.cfg.groups * policy.cfg.group_size)
     except envs.MachineFault as error:
         raise UserError(str(error)) from error
