@@ -113,12 +113,12 @@ class Environment(Protocol):
 
 class Games:
     """The games of a rollout's groups, by number; each is opened when it is first asked for. A group whose environment raises, or
-    pays what is no finite number, is lost: `start` and `step` give None from then on, and why is added to `failures`. Raises
-    MachineFault, which would lose every other group, too."""
+    pays what is no finite number, is `lost`, which says why: `start` and `step` give None from then on. Raises MachineFault, which
+    would lose every other group, too."""
 
-    def __init__(self, env: Environment, tasks: Sequence[Task], failures: list[str]) -> None:
-        self.env, self.tasks, self.failures = env, tasks, failures
-        self.games, self.lost = dict[int, Game](), set[int]()
+    def __init__(self, env: Environment, tasks: Sequence[Task]) -> None:
+        self.env, self.tasks = env, tasks
+        self.games, self.lost = dict[int, Game](), dict[int, str]()
 
     def __enter__(self) -> Games:
         return self
@@ -136,8 +136,7 @@ class Games:
         """Give a group up."""
         if isinstance(error, MachineFault):
             raise error
-        self.lost.add(g)
-        self.failures.append(f"{self.tasks[g].id}: {type(error).__name__}: {' '.join(str(error).split())}")
+        self.lost[g] = f"{self.tasks[g].id}: {type(error).__name__}: {' '.join(str(error).split())}"
         self.close(g)
 
     def start(self, g: int) -> State | None:

@@ -39,6 +39,7 @@ import torch
 
 import gigpo
 from decode import PREFILL, Answer, Ask, Decoder, Follow, Unservable, draw, in_lock_step, uniforms
+from ranks import SLOW, Ranks
 from tools.limits import within
 from tools.terminal import say
 
@@ -102,7 +103,7 @@ def load_tokenizer(source: str, how: dict[str, Any]) -> Any:
     return (PreTrainedTokenizerFast if custom else AutoTokenizer).from_pretrained(source, **how)
 
 
-def load_base(cfg: Settings, device: str) -> tuple[Any, Any, str]:
+def load_base(cfg: Settings, device: str, sharing: int) -> tuple[Any, Any, str]:
     """The tokenizer, the frozen base model and its fingerprint; in bf16 on a GPU (or NF4 with `four_bit`), in fp32 on a
     CPU. UserError for a model that can't be loaded as it was saved: to the last weight, and not quantised by others."""
     from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
@@ -114,7 +115,7 @@ def load_base(cfg: Settings, device: str) -> tuple[Any, Any, str]:
     how: dict[str, Any] = dict(local_files_only=local, trust_remote_code=False)
     try:
         tokenizer, config = load_tokenizer(source, how), AutoConfig.from_pretrained(source, **how)
-        refuse_too_large(cfg, source, config, device)
+        refuse_too_large(cfg, source, config, device, sharing)
         base = fingerprint(source, config)
         if cfg.base not in ("", base):
             raise UserError(f"--model {cfg.model}: is another base model ({base}) than the one that the adapter was trained on "
@@ -131,8 +132,8 @@ def load_base(cfg: Settings, device: str) -> tuple[Any, Any, str]:
                                    bnb_4bit_compute_dtype=torch.bfloat16) if cfg.four_bit and not quantised else None
         model, report = AutoModelForCausalLM.from_pretrained(
             source, config=config, dtype=torch.bfloat16 if device == "cuda" else torch.float32, use_safetensors=True,
-            device_map={"": device} if device == "cuda" else None, output_loading_info=True, ignore_mismatched_sizes=True,
-            **(dict(quantization_config=quant) if quant else {}), **how)
+            device_map={"": torch.cuda.current_device()} if device == "cuda" else None, output_loading_info=True,
+            ignore_mismatched_sizes=True, **(dict(quantization_config=quant) if quant else {}), **how)
     except UserError:
         raise
     except Exception as e:                      # what a model folder can be wrong in, others' code raises as anything
@@ -168,9 +169,10 @@ def fingerprint(source: str, config: Any) -> str:
     return seen.hexdigest()[:16]
 
 
-def refuse_too_large(cfg: Settings, source: str, config: Any, device: str) -> None:
-    """UserError for a local model whose weights, in fp32, are more than a CPU's free memory: the kernel would end the program."""
-    size = sum(path.stat().st_size for path in Path(source).glob("*.safetensors"))
+def refuse_too_large(cfg: Settings, source: str, config: Any, device: str, ranks: int) -> None:
+    """UserError for a local model whose weights, in fp32 and once for each of so many ranks, are more than a CPU's free memory: the
+    kernel would end the program."""
+    size = ranks * sum(path.stat().st_size for path in Path(source).glob("*.safetensors"))
     size *= 2 if getattr(config, "dtype", None) in (torch.bfloat16, torch.float16) else 1
     if device == "cpu" and size > (free := free_memory()):
         raise UserError(f"--model {cfg.model}: its weights take {size / 2**30:.1f} GiB in fp32, and {free / 2**30:.1f} GiB are "
@@ -356,7 +358,7 @@ class Policy:
     """A chat model with a LoRA adapter. UserError for a model or adapter that can't be loaded, has no chat template or
     does not fit into memory."""
 
-    def __init__(self, cfg: Settings, adapter: Path | None = None):
+    def __init__(self, cfg: Settings, adapter: Path | None = None, ranks: Ranks | None = None):
         from transformers import GenerationConfig
         from transformers.utils.logging import disable_progress_bar
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -364,8 +366,9 @@ class Policy:
         disable_progress_bar()
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")      # peft's to mend
         self.cfg: Any = cfg                     # may hold more than Settings, for those who made it
+        self.ranks = ranks or Ranks()
         self.device = "cuda" if torch.cuda.is_available() and not cfg.compact else "cpu"
-        self.tokenizer, base, self.base = load_base(cfg, self.device)
+        self.tokenizer, base, self.base = load_base(cfg, self.device, self.ranks.sharing)
         ends = base.generation_config.eos_token_id
         self.chat = Chat(self.tokenizer, cfg, set(ends if isinstance(ends, list) else [ends]))
         self.vocab = self.chat.vocab            # ids from here on are padding of the weight matrix, never sampled
@@ -387,6 +390,9 @@ class Policy:
         self.lock_step = ""                     # why answers come from `generate`, batch by batch, and not from the decoder
         self.check()
         self.fit()
+        if self.device == "cpu" and not cfg.compact:
+            self.ranks.patience = SLOW
+        self.gen_tokens, self.update_tokens = map(min, zip(*self.ranks.gather((self.gen_tokens, self.update_tokens))))
 
     @torch.no_grad()
     def check(self) -> None:
@@ -455,6 +461,7 @@ class Policy:
 
     def encode(self, user: str) -> list[int]:
         """Token ids of a prompt: one user turn, and the header of the assistant's. UserError as `Chat.encode`."""
+        self.ranks.alive()
         return self.chat.encode(user)
 
     def answer(self, ids: Sequence[int]) -> str:
@@ -479,11 +486,16 @@ class Policy:
     def generate(self, prompts: Sequence[list[int]], temperature: float, max_new: int,
                  dice: Sequence[int] | None = None) -> list[list[int]]:
         """Sample one response per prompt (at most `max_new` ids, the stop token included), drawn with the prompts' streams of
-        random numbers, by default their places. Temperature 0 is greedy. UserError as `converse`."""
+        random numbers, by default their places. Temperature 0 is greedy. Every rank gets all of them, and samples its share.
+        UserError as `converse`."""
         out: list[list[int]] = [[] for _ in prompts]
-        asks = enumerate(zip(prompts, range(len(prompts)) if dice is None else dice))
-        if prompts:
-            self.converse(asks, out.__setitem__, temperature, max_new, len(prompts), max(map(len, prompts)))
+        own = self.ranks.share(range(len(prompts)), lambda i: len(prompts[i]))
+        if own:
+            asks = ((i, (prompts[i], dice[i] if dice else i)) for i in own)
+            self.converse(asks, out.__setitem__, temperature, max_new, len(own), max(map(len, prompts)))
+        for said in self.ranks.others([(i, out[i]) for i in own]):
+            for i, ids in said:
+                out[i] = ids
         return out
 
     def converse(self, asks: Iterable[tuple[int, Ask]], follow: Follow, temperature: float, max_new: int, at_once: int,
@@ -534,6 +546,7 @@ class Policy:
 
     def ended(self, ids: list[int]) -> bool:
         """Whether a response ends with its last token: a stop token, or the one that completes an end tag."""
+        self.ranks.alive()
         return ids[-1] in self.stops or ids[-1] in self.closing and any(
             tag in self.tokenizer.decode(ids[-TAIL:]) for tag in END_TAGS)
 
@@ -597,6 +610,7 @@ class Policy:
         def work() -> list[torch.Tensor]:
             out: dict[int, torch.Tensor] = {}
             for part in microbatches(range(len(rows)), lambda i: len(rows[i].prompt) + len(rows[i].response), self.update_tokens):
+                self.ranks.alive()
                 logp, _ = self.logprobs([rows[i] for i in part])                                          # (N,)
                 out.update(zip(part, logp.split([len(rows[i].response) for i in part])))
             return [out[i] for i in range(len(rows))]
@@ -607,19 +621,21 @@ class Policy:
     def descend(self, optimizer: torch.optim.Optimizer, kinds: Iterable[Sequence[Any]],
                 loss: Callable[[list[Any]], tuple[torch.Tensor, Counter]], grad_clip: float) -> Counter:
         """One optimizer step on a loss that is a sum over rows; none if the gradient is not finite. Rows have a length in
-        tokens and come by kind; those of a kind share micro-batches. Returns the sums that `loss` gives beside its value,
-        the gradient's norm before clipping, and whether the step was skipped."""
+        tokens and come by kind; those of a kind share micro-batches. Each rank has rows of its own, or none; gradient and sums are
+        over all of them, so that the step is the same on every rank. Returns the sums that `loss` gives beside its value, the
+        gradient's norm before clipping, and whether the step was skipped."""
         def gradient() -> Counter:
             optimizer.zero_grad(set_to_none=True)           # of a try that ran out of memory
             sums: Counter = Counter()
             for rows in kinds:
                 for part in microbatches(rows, len, self.update_tokens):
+                    self.ranks.alive()
                     value, more = loss(part)
                     value.backward()
                     sums.update(more)
             return sums
 
-        sums = self.retry("update_tokens", gradient)
+        sums = self.add_up(self.retry("update_tokens", gradient))
         sums["grad_norm"] = torch.nn.utils.clip_grad_norm_(self.trainable, grad_clip).item()
         # A loss that is not finite makes the gradient so, and one such step would end the policy.
         sums["skipped"] = int(not math.isfinite(sums["grad_norm"]))
@@ -627,6 +643,21 @@ class Policy:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return sums
+
+    def add_up(self, sums: Counter) -> Counter:
+        """The ranks' gradients and sums, added. Budgets that one of them had to lower are lowered for all."""
+        if self.ranks.size == 1:
+            return sums
+        parts, has, gen_tokens, update_tokens = zip(*self.ranks.gather(
+            (sums, [p.grad is not None for p in self.trainable], self.gen_tokens, self.update_tokens)))
+        touched = [p for p, *there in zip(self.trainable, *has) if any(there)]      # what no row went through has none on any rank
+        for p in touched:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        self.ranks.add([p.grad for p in touched])
+        self.gen_tokens, self.update_tokens, total = min(gen_tokens), min(update_tokens), Counter[str]()
+        for part in parts:
+            total.update(part)
+        return total
 
     # ---- 4. Memory -----------------------------------------------------------------------------------------------
 
@@ -644,10 +675,10 @@ class Policy:
             # Short probes, since a CPU is slow, and one row is at least as long as a budget has to be.
             longest = SimpleNamespace(prompt=[0] * min(cfg.max_prompt, 192), response=[0] * min(cfg.max_response, 64))
             give_back_freed_memory()
-            limit = free_memory() + psutil.Process().memory_info().rss
+            limit = self.spare(free_memory()) + psutil.Process().memory_info().rss
         else:
-            total = torch.cuda.get_device_properties(0).total_memory
-            limit = min(cfg.memory_gib * 2**30 or math.inf, torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved())
+            total = torch.cuda.get_device_properties().total_memory
+            limit = min(cfg.memory_gib * 2**30 or math.inf, self.spare(torch.cuda.mem_get_info()[0]) + torch.cuda.memory_reserved())
             torch.cuda.set_per_process_memory_fraction(limit / total)
 
         def update(rows: int) -> None:
@@ -664,6 +695,10 @@ class Policy:
             self.gen_tokens = self.budget(probe, PROBE_ROWS, width + 2, SPARE * limit - adam)
         if not self.update_tokens:
             self.update_tokens = self.budget(update, 1, len(longest.prompt) + len(longest.response), SPARE * limit - adam)
+
+    def spare(self, free: float) -> float:
+        """This rank's part of what is free, now that all have loaded their model."""
+        return min(self.ranks.gather(free)) / self.ranks.sharing
 
     @contextlib.contextmanager
     def unpacked(self, rows: int, length: int) -> Iterator[None]:
@@ -698,7 +733,7 @@ class Policy:
         config, taken = self.model.config.get_text_config(), torch.cuda.memory_allocated()
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         cache = tokens * config.num_hidden_layers * config.num_key_value_heads * width * 2 * 2             # keys and values, bf16
-        free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - taken
+        free = torch.cuda.mem_get_info()[0] / self.ranks.sharing + torch.cuda.memory_reserved() - taken
         return SPARE * min(free, self.cfg.memory_gib * 2**30 - taken if self.cfg.memory_gib else free) - cache - DECODING
 
     def rest(self) -> None:
@@ -862,7 +897,7 @@ def resident_peak() -> int:
 
 def device_gib() -> float:
     """Memory of the CUDA device, in GiB; 0 without one."""
-    return torch.cuda.get_device_properties(0).total_memory / 2**30 if torch.cuda.is_available() else 0.0
+    return torch.cuda.get_device_properties().total_memory / 2**30 if torch.cuda.is_available() else 0.0
 
 
 def peak_gib() -> float:

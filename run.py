@@ -25,9 +25,11 @@ import shutil
 import signal
 import sys
 import threading
+import traceback
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,8 +44,10 @@ try:
     import torch
     from tqdm import tqdm
 
+    import envs
     import siri
     from policy import Policy, UserError
+    from ranks import Ranks, Torchrun, join
     from siri import PHASES, Config
     from skills import FLAG, NUMBER, TEXT, Form, count, misfit
     from tools import bench, metrics, play, probe, report
@@ -224,19 +228,21 @@ def take_back(folder: Path, learner: siri.Learner) -> None:
 # ---- 3. The loop: events in, files and lines out ---------------------------------------------------------------------
 
 class Stop:
-    """Signals: the first lets the iteration end and be saved. A second stops at once, and costs this iteration. (In a
-    thread none is heard: Python gives them to the main one.)"""
-    asked = False
+    """Signals: the first lets the iteration end and be saved. A second stops at once, and costs this iteration; not so under
+    torchrun, which repeats a signal that it gets, and ends by itself what takes more than 30 s. (In a thread none is heard: Python
+    gives them to the main one.)"""
 
-    def __init__(self) -> None:
+    def __init__(self, ranks: Ranks) -> None:
+        self.asked, self.once = False, isinstance(ranks, Torchrun)
         for which in SIGNALS if in_main_thread() else ():
             signal.signal(which, self.ask)
 
     def ask(self, number: int, frame: Any) -> None:
+        if not self.asked:
+            say("stopping after this iteration" + "; once more stops now and repeats it on resuming" * (not self.once), sys.stderr)
         self.asked = True
-        for which in SIGNALS:
+        for which in SIGNALS if not self.once else ():
             signal.signal(which, signal.default_int_handler)
-        say("stopping after this iteration; once more stops now and repeats it on resuming", sys.stderr)
 
 
 def in_main_thread() -> bool:
@@ -249,27 +255,42 @@ def iterations_left(learner: siri.Learner) -> int:
     return sum(siri.phase_limit(learner.cfg, phase) for phase in range(learner.progress.phase, 3)) - learner.age
 
 
-def consume(learner: siri.Learner, lock: Lock, stop: Stop) -> None:
-    """Train to the end: show every event, write it to the folder, and save when the learner is whole. Raises Stopped
-    once a signal came, UserError as `siri.train`, `record_iteration` and `Lock.check`, and OSError for a full disk."""
-    p, cfg, folder = learner.progress, learner.cfg, lock.folder
+def consume(learner: siri.Learner, folder: Path, lock: Lock | None, stop: Stop) -> None:
+    """Train to the end. Rank 0, which has the lock, shows every event, writes it to the folder, and saves when the learner is
+    whole. Raises Stopped once a signal came to any rank, UserError as `siri.train`, `record_iteration` and `Lock.check`, and
+    OSError for a full disk."""
+    p, ranks = learner.progress, learner.policy.ranks
     with tqdm(total=p.iteration + iterations_left(learner), initial=p.iteration, desc=PHASES[p.phase], unit="it",
-              dynamic_ncols=True) as bar:
+              dynamic_ncols=True, disable=lock is None) as bar:
         for event in siri.train(learner):
-            lock.check()
-            if isinstance(event, siri.Evaluation):
-                record_evaluation(folder, learner, event)
-                continue
-            if isinstance(event, siri.Iteration):
-                record_iteration(folder, learner, event, bar)
-            # At a milestone always: an evaluation follows or has just been played, which is dear to repeat.
-            if isinstance(event, siri.Milestone) or p.iteration % cfg.save_every == 0 or stop.asked:
-                save_checkpoint(folder, learner)
-            if isinstance(event, siri.Milestone) and event.reason:
-                say(f"{PHASES[p.phase]} ends after {learner.age} iterations: {event.reason}")
-            elif stop.asked and not p.finished:
-                raise Stopped(f"stopped before iteration {p.iteration}; go on with: python siri.py --resume {folder}")
+            stop.asked = any(ranks.gather(stop.asked))
+            if lock:
+                with ranks.resting():
+                    lock.check()
+                    record(folder, learner, event, bar, stop.asked)
+            ended = isinstance(event, siri.Milestone) and event.reason or isinstance(event, siri.Evaluation)
+            if stop.asked and not ended and not p.finished:
+                raise Stopped(f"stopped before iteration {p.iteration}; {go_on(ranks, folder)}")
             bar.total = bar.n + iterations_left(learner) * (not p.finished)
+
+
+def record(folder: Path, learner: siri.Learner, event: Any, bar: tqdm, stopping: bool) -> None:
+    """Show an event of training, write it down, and save. UserError and OSError as `consume`."""
+    p = learner.progress
+    if isinstance(event, siri.Evaluation):
+        return record_evaluation(folder, learner, event)
+    if isinstance(event, siri.Iteration):
+        record_iteration(folder, learner, event, bar)
+    # At a milestone always: an evaluation follows or has just been played, which is dear to repeat.
+    if isinstance(event, siri.Milestone) or p.iteration % learner.cfg.save_every == 0 or stopping:
+        save_checkpoint(folder, learner)
+    if isinstance(event, siri.Milestone) and event.reason:
+        say(f"{PHASES[p.phase]} ends after {learner.age} iterations: {event.reason}")
+
+
+def go_on(ranks: Ranks, folder: Path) -> str:
+    """How a run that has stopped goes on."""
+    return f"go on with: {'python' if ranks.size == 1 else f'torchrun --nproc-per-node {ranks.size}'} siri.py --resume {folder}"
 
 
 def record_iteration(folder: Path, learner: siri.Learner, it: siri.Iteration, bar: tqdm) -> None:
@@ -306,7 +327,7 @@ def record_evaluation(folder: Path, learner: siri.Learner, played: siri.Evaluati
 COMMANDS = {"report": report.command, "play": play.command, "bench": bench.command, "probe": probe.command}
 ACTIONS = {     # without one: train
     "check": "can this machine install the requirements?",
-    "resume": "go on with a run where it stopped",
+    "resume": "go on with a run where it stopped; auto: with the run of these settings, or begin it",
     "eval": "play the panel with a run's last checkpoint",
     "with_skills": "with --eval: use the bank (ablation)",
     "report": "write RUN/report.html: one page with all that happened",
@@ -421,111 +442,175 @@ def prepare_folder(cfg: Config, held: ExitStack) -> Lock:
     return lock
 
 
-def train_run(cfg: Config, lock: Lock, reason: str, checkpoint: Path | None) -> None:
-    """Train in a folder that is locked, from the beginning or from a checkpoint. Raises Stopped and UserError."""
-    folder, env = lock.folder, make_environment(cfg)
+@dataclass
+class Run:
+    """A run that is to begin or to go on, as every rank has to know it."""
+    cfg: Config
+    folder: Path
+    reason: str                 # for its preset
+    checkpoint: Path | None     # to go on from
+
+
+def find_run(chosen: argparse.Namespace, given: dict[str, Any], held: ExitStack) -> tuple[Run, Lock]:
+    """The run that the command line means, old or new; its folder is locked for `held`. UserError if it can't be used."""
+    name, cfg = chosen.resume if chosen.eval is None else chosen.eval, None
+    if name in (None, "auto"):
+        cfg, reason = resolve(given)
+        cfg.name = cfg.name or f"{cfg.env}-{cfg.preset}-{cfg.variant}-seed{cfg.seed}"
+    folder = Path(name) if cfg is None else Path("runs") / cfg.name
+    if cfg and not (name and checkpoints(folder)):
+        return Run(cfg, folder, reason, None), prepare_folder(cfg, held)
+    if not checkpoints(folder):
+        raise UserError(f"{folder}: holds no checkpoint; give a run folder such as runs/NAME")
+    lock = held.enter_context(closing(Lock(folder)))            # before anything is read, which another process may change
+    run = Run(load_config(folder, given), folder, "saved with the run", latest_checkpoint(folder))
+    if (folder / "results.json").exists():
+        load_results(folder)                        # now, and not when the next evaluation has been played
+    return run, lock
+
+
+def load(run: Run, ranks: Ranks) -> tuple[envs.Environment, Policy]:
+    """A run's environment and policy, on this rank. UserError for what can't be loaded, or is not the same on all ranks."""
+    cfg = run.cfg
+    if run.checkpoint and not run.checkpoint.exists():
+        raise UserError(f"{run.checkpoint}: is not there; machines that go on with one run need a folder that all of them see")
+    env = make_environment(cfg)
     say(env.notice)
-    say(f"preset {cfg.preset} ({reason}); model {cfg.model}, {'4-bit, ' if cfg.four_bit else ''}LoRA r {cfg.lora_r}; "
-        f"{cfg.prompt_style} prompts; variant {cfg.variant}; seed {cfg.seed}; folder {folder}")
-    policy = Policy(cfg, checkpoint)
-    # What was found out at the start is kept: a run is resumed with the same batches, and on no other model.
-    cfg.gen_tokens, cfg.update_tokens, cfg.base = policy.gen_tokens, policy.update_tokens, policy.base
-    say(f"memory: batches of {policy.gen_tokens} tokens to generate, {policy.update_tokens} to update")
-    if policy.chat.before:
-        say(f"the chat template asks for a system turn: every prompt begins with {policy.chat.before[0]['content']!r}")
-    learner = siri.Learner.begin(cfg, env, policy)
+    if run.reason:
+        say(f"preset {cfg.preset} ({run.reason}); model {cfg.model}, {'4-bit, ' if cfg.four_bit else ''}LoRA r {cfg.lora_r}; "
+            f"{cfg.prompt_style} prompts; variant {cfg.variant}; seed {cfg.seed}; folder {run.folder}")
+    policy = Policy(cfg, run.checkpoint, ranks)
+    said = ranks.gather(dict(model=policy.base, games=[env.notice, *(task.id for task in siri.panel_tasks(cfg, env))],
+                             torch=torch.__version__))
+    for rank, other in enumerate(said):
+        if other != said[0]:
+            what = next(name for name in other if other[name] != said[0][name])
+            raise UserError(f"rank {rank} has another {what} than rank 0; give all machines the same files and packages")
+    return env, policy
+
+
+def train_run(run: Run, lock: Lock | None, ranks: Ranks) -> None:
+    """Train, from the beginning or from a checkpoint; rank 0, with the lock, keeps the folder. Raises Stopped and UserError, and
+    KeyboardInterrupt for a second signal."""
+    cfg, folder = run.cfg, run.folder
+    with ranks.resting():
+        env, policy = load(run, ranks)
+        # What was found out at the start is kept: a run is resumed with the same batches, and on no other model.
+        cfg.gen_tokens, cfg.update_tokens, cfg.base = policy.gen_tokens, policy.update_tokens, policy.base
+        say(f"memory: batches of {policy.gen_tokens} tokens to generate, {policy.update_tokens} to update"
+            + f"; {ranks.size} ranks share each iteration" * (ranks.size > 1))
+        if policy.chat.before:
+            say(f"the chat template asks for a system turn: every prompt begins with {policy.chat.before[0]['content']!r}")
+        learner = siri.Learner.begin(cfg, env, policy)
+        if run.checkpoint:
+            load_checkpoint(learner, run.checkpoint)
+    ranks.after = "; " + go_on(ranks, folder)
     try:
-        if checkpoint:
-            load_checkpoint(learner, checkpoint)
+        if lock and run.checkpoint:
             take_back(folder, learner)
-        else:
+        elif lock:
             save_checkpoint(folder, learner)        # before the first evaluation, which takes hours on a large model
-        write_json(folder / "config.json", dataclasses.asdict(cfg))
+        if lock:
+            write_json(folder / "config.json", dataclasses.asdict(cfg))
         try:
             if cfg.imitate and not learner.progress.milestones:
-                cold_start(learner, partial(record_evaluation, folder, learner))
-            consume(learner, lock, Stop())
+                cold_start(learner, partial(record_evaluation, folder, learner) if lock else lambda played: None)
+            consume(learner, folder, lock, Stop(ranks))
         except UserError as e:
             raise UserError(f"{e}; then go on with --resume {folder}") from e
+        if lock:
+            say(metrics.results_block(folder, load_results(folder)))
     except OSError as e:
         again = f"; then go on with --resume {folder}" if checkpoints(folder) else ""
         raise UserError(f"{e.filename or folder}: {e.strerror or e}; make room there{again}") from e
     except KeyboardInterrupt:
-        after = f"go on with: python siri.py --resume {folder}" if checkpoints(folder) else "nothing was to be saved yet"
-        raise Stopped(f"stopped at once; {after}") from None
-    say(metrics.results_block(folder, load_results(folder)))
+        after = go_on(ranks, folder) if checkpoints(folder) else "nothing was to be saved yet"
+        raise KeyboardInterrupt(f"stopped at once; {after}") from None
 
 
-def evaluate_run(cfg: Config, folder: Path, checkpoint: Path, with_skills: bool) -> None:
+def evaluate_run(run: Run, lock: Lock | None, ranks: Ranks, with_skills: bool) -> None:
     """`--eval`: play the panel with a checkpoint, with the plain prompt or with the run's bank."""
-    env = make_environment(cfg)
-    say(env.notice)
-    bank, label = (load_bank(checkpoint), "eval with skills") if with_skills else (None, "eval")
-    policy = Policy(dataclasses.replace(cfg, update_tokens=1), checkpoint)      # nothing is trained: no probe of it
-    played = siri.evaluate(policy, env, siri.panel_tasks(cfg, env), cfg, label, bank)
-    result = metrics.summarise(env, cfg, played)
-    add_result(folder, result | dict(checkpoint=checkpoint.name, iteration=int(checkpoint.name.split("-")[0])))
-    for line in (*metrics.lost_games(played), metrics.result_line(result), *metrics.kind_lines(result)):
-        say(line)
+    assert run.checkpoint is not None
+    bank, label = (load_bank(run.checkpoint), "eval with skills") if with_skills else (None, "eval")
+    with ranks.resting():       # nothing is trained: no probe of the memory that it would take
+        env, policy = load(dataclasses.replace(run, cfg=dataclasses.replace(run.cfg, update_tokens=1), reason=""), ranks)
+    played = siri.evaluate(policy, env, siri.panel_tasks(run.cfg, env), run.cfg, label, bank)
+    if lock:
+        result = metrics.summarise(env, run.cfg, played)
+        add_result(run.folder, result | dict(checkpoint=run.checkpoint.name, iteration=int(run.checkpoint.name.split("-")[0])))
+        for line in (*metrics.lost_games(played), metrics.result_line(result), *metrics.kind_lines(result)):
+            say(line)
 
 
-def act(chosen: argparse.Namespace, given: dict[str, Any], held: ExitStack) -> None:
-    """Do what the command line asks for. Locks are given to `held`. Raises Stopped and UserError."""
+def act(chosen: argparse.Namespace, given: dict[str, Any], held: ExitStack, ranks: Ranks) -> None:
+    """Do what the command line asks for. Locks are given to `held`. Raises Stopped, UserError and KeyboardInterrupt."""
     for name, command in COMMANDS.items():
         if getattr(chosen, name) is not None:
+            if ranks.size > 1:
+                raise UserError(f"--{name}: is for one process; leave torchrun out")
             return command(getattr(chosen, name), given)
-    if chosen.eval is not None or chosen.resume is not None:
-        folder = Path(chosen.resume if chosen.eval is None else chosen.eval)
-        if not checkpoints(folder):
-            raise UserError(f"{folder}: holds no checkpoint; give a run folder such as runs/NAME")
-        lock = held.enter_context(closing(Lock(folder)))            # before anything is read, which another process may change
-        checkpoint = latest_checkpoint(folder)
-        cfg = load_config(folder, given)
-        if (folder / "results.json").exists():
-            load_results(folder)                        # now, and not when the next evaluation has been played
-        if chosen.eval is not None:
-            evaluate_run(cfg, folder, checkpoint, chosen.with_skills)
-        else:
-            train_run(cfg, lock, "saved with the run", checkpoint)
+    lock: Lock | None = None
+
+    def find() -> dict[str, Any]:
+        nonlocal lock
+        run, lock = find_run(chosen, given, held)
+        return dict(cfg=dataclasses.asdict(run.cfg), folder=str(run.folder), reason=run.reason,
+                    checkpoint=run.checkpoint and str(run.checkpoint))
+
+    # What rank 0 finds holds for all: the preset by its device, the day, the last sound checkpoint.
+    found = ranks.first(find)
+    run = Run(Config(**found["cfg"]), Path(found["folder"]), found["reason"], found["checkpoint"] and Path(found["checkpoint"]))
+    if chosen.eval is not None:
+        evaluate_run(run, lock, ranks, chosen.with_skills)
     else:
-        cfg, reason = resolve(given)
-        cfg.name = cfg.name or f"{cfg.env}-{cfg.preset}-{cfg.variant}-seed{cfg.seed}"
-        train_run(cfg, prepare_folder(cfg, held), reason, None)
+        train_run(run, lock, ranks)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status: 0; 2 after a UserError or an OSError, on one line of standard error; 130 when
-    stopped."""
+    stopped, but 0 under torchrun, which would begin again."""
     before = {which: signal.getsignal(which) for which in SIGNALS} if in_main_thread() else {}
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:                          # closed by whoever started it
             setattr(sys, name, open(os.devnull, "w"))
     if argv is None and isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")       # as standard error: no text ends a run by being unprintable
+    ranks = Ranks()
     try:
+        ranks = join()
+        if ranks.rank:                                          # rank 0 speaks for all
+            sys.stdout = sys.stderr = open(os.devnull, "w")
         with ExitStack() as held:                               # another call in this process may want the folder
             chosen, given = parse_arguments(sys.argv[1:] if argv is None else argv)
             if chosen.check:
                 return check()
-            act(chosen, given, held)
+            act(chosen, given, held, ranks)
+            ranks.end()
         return 0
     # Anything else that is raised is a fault of this program, and shows where it is.
     except UserError as e:
-        return last_words(e, 2)
+        return last_words(e, 2, ranks)
     except OSError as e:                                        # a full disk, a closed pipe: the machine's, and no fault here
-        return last_words(f"{e.filename or 'output'}: {e.strerror or e}", 2)
+        return last_words(f"{e.filename or 'output'}: {e.strerror or e}", 2, ranks)
     except Stopped as e:
-        return last_words(e, 130)
-    except KeyboardInterrupt:
-        return last_words("stopped at once", 130)
+        return last_words(e, 0 if isinstance(ranks, Torchrun) else 130, ranks)
+    except KeyboardInterrupt as e:
+        return last_words(str(e) or "stopped at once", 130, ranks)
+    except Exception as e:
+        if isinstance(ranks, Torchrun):
+            traceback.print_exc(file=sys.__stderr__)
+            ranks.end(f"{type(e).__name__}: {e}")
+        raise
     finally:
         ends = argv is None and "IPython" not in sys.modules    # a process that ends has nothing left to stop
         for which, handler in before.items():
             signal.signal(which, signal.SIG_IGN if ends else handler)
 
 
-def last_words(text: object, status: int) -> int:
+def last_words(text: object, status: int, ranks: Ranks) -> int:
     """Say on one line, whatever it quotes, why it ends; returns the exit status."""
+    text = " ".join(str(text).split())
     with contextlib.suppress(OSError, ValueError):              # nobody may be listening
-        say(f"siri: {' '.join(str(text).split())}", sys.stderr)
+        say(f"siri: {text}", sys.stderr)
+    ranks.end(text if status else "")
     return status

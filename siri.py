@@ -35,7 +35,7 @@ import hashlib
 import math
 import time
 from collections import Counter
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -47,7 +47,7 @@ import distill
 import envs
 import gigpo
 import skills
-from decode import Ask
+from decode import Answer, Ask
 from policy import Policy, UserError, make_optimizer
 from skills import count, number
 
@@ -216,6 +216,15 @@ class Episode:
     score: float = 0.0                                              # 0..1; 1 is success
     overlong: str = ""                                              # why it ended early: a prompt that can't be cut to max_prompt
 
+    def told(self) -> tuple[Any, ...]:
+        """What came of it, as JSON, for ranks that did not play it."""
+        return self.success, self.score, self.overlong, [vars(s) | dict(logp=getattr(s.response, "logp", [])) for s in self.steps]
+
+    def hear(self, success: bool, score: float, overlong: str, steps: Sequence[dict[str, Any]]) -> None:
+        """The inverse of `told`."""
+        self.success, self.score, self.overlong = success, score, overlong
+        self.steps = [Step(**s | dict(response=Answer(s["response"], s.pop("logp")))) for s in steps]
+
 
 Group = list[Episode]                                                   # G rollouts of one task from one initial state
 Plan = Sequence[tuple[envs.Task, Sequence[skills.Skill | None]]]        # a group's task, and the skill of each of its rollouts
@@ -245,16 +254,33 @@ def fit_prompt(policy: Policy, e: Episode, skill: skills.Skill | None) -> list[i
     return ids
 
 
-def rollout(policy: Policy, env: envs.Environment, plan: Plan, temperature: float,
-            failures: list[str] | None = None, dice: int = 0) -> list[Group]:
+def rollout(policy: Policy, env: envs.Environment, plan: Plan, temperature: float, failures: list[str] | None = None,
+            dice: int = 0, lengths: Mapping[str, float] | None = None) -> list[Group]:
     """Play every group of the plan: a task, and for each of its rollouts a skill or None. Groups come back in its order.
 
     `dice` is the number that chance comes from: each token is drawn by (dice, task, rollout, step, position), so an episode is the
-    same in whatever batch. An environment that raises loses its group: the group comes back empty and the cause is appended to
-    `failures`. An episode that reaches a state whose prompt can't be cut to `max_prompt` ends there, unsolved, with `overlong`
-    set. UserError for such a prompt of a first step, for a row that doesn't fit into memory, and where the machine fails.
+    same in whatever batch, and on whatever rank: the ranks of a run play some groups each, so many that all are busy, by `lengths`
+    (expected actions of an episode, by kind of task), and tell each other. An environment that raises loses its group: the group
+    comes back empty and the cause is appended to `failures`. An episode that reaches a state whose prompt can't be cut to
+    `max_prompt` ends there, unsolved, with `overlong` set. UserError for such a prompt of a first step, for a row that doesn't fit
+    into memory, and where the machine fails.
     """
-    groups = [[Episode(task, skill) for skill in dealt] for task, dealt in plan]
+    groups, ranks = [[Episode(task, skill) for skill in dealt] for task, dealt in plan], policy.ranks
+    dealt = ranks.deal([(lengths or {}).get(task.kind, env.max_steps) * len(skills) for task, skills in plan])
+    lost = play_groups(policy, env, groups, dealt[ranks.rank], temperature, dice)
+    for told in ranks.others([(g, lost.get(g), [e.told() for e in groups[g]]) for g in dealt[ranks.rank]]):
+        for g, cause, episodes in told:
+            lost |= {g: cause} if cause else {}
+            for e, came_of_it in zip(groups[g], episodes):
+                e.hear(*came_of_it)
+    if failures is not None:
+        failures += [lost[g] for g in sorted(lost)]
+    return [[] if g in lost else group for g, group in enumerate(groups)]
+
+
+def play_groups(policy: Policy, env: envs.Environment, groups: Sequence[Group], own: Sequence[int], temperature: float,
+                dice: int) -> dict[int, str]:
+    """Play those of the groups to the end that are this rank's own. Returns which were lost, and why."""
     players = [(g, e) for g, group in enumerate(groups) for e in group]
     playing = Counter(g for g, _ in players)
     streams, rollouts = [], Counter[str]()
@@ -270,7 +296,7 @@ def rollout(policy: Policy, env: envs.Environment, plan: Plan, temperature: floa
     def begin() -> Iterable[tuple[int, Ask]]:
         """The first question of each episode, in turn; all rollouts of a group start in one state, which makes them comparable."""
         for i, (g, e) in enumerate(players):
-            if (start := games.start(g)) is not None:
+            if g in own and (start := games.start(g)) is not None:
                 e.state = start
                 e.prompt = fit_prompt(policy, e, e.skill)
                 yield i, ask(i)
@@ -300,11 +326,11 @@ def rollout(policy: Policy, env: envs.Environment, plan: Plan, temperature: floa
         return None
 
     try:
-        with envs.Games(env, [task for task, _ in plan], [] if failures is None else failures) as games:
+        with envs.Games(env, [group[0].task for group in groups]) as games:
             policy.converse(begin(), play_on, temperature, policy.cfg.max_response, policy.cfg.groups * policy.cfg.group_size)
     except envs.MachineFault as error:
         raise UserError(str(error)) from error
-    return [[] if g in games.lost else group for g, group in enumerate(groups)]
+    return games.lost
 
 
 # ---- 3. What a rollout was worth: advantages (G1-G6) and effects (S4-S6) ---------------------------------------------
@@ -498,9 +524,12 @@ def update(policy: Policy, optimizer: torch.optim.Optimizer, rl: Sequence[Row], 
         order = np.concatenate([rng.permutation(len(internal)) for _ in range(cfg.distill_epochs)])
     # RL rows are spread over as many steps as internalization needs, so that their KL term holds the policy all the while.
     shares = [*zip(np.array_split(rng.permutation(len(rl)), n_steps), np.array_split(order, n_steps))]
-    signal = [r for r in rl if r.advantage != 0.0]
+    acting = [[rl[i] for i in share if rl[i].advantage != 0.0] for share, _ in shares]
+    guided = [[internal[i] for i in share if internal[i].weight > 0] for _, share in shares]
+    own = [(policy.ranks.share(a, len), policy.ranks.share(g, len)) for a, g in zip(acting, guided)]        # this rank's
+    signal = [r for rows, _ in own for r in rows]
     # In the first step the policy is still the one that sampled: the ratio of G7 is 1, whatever its old log-probabilities.
-    later = [rl[i] for share, _ in shares[1:] for i in share if rl[i].advantage != 0.0]
+    later = [r for rows, _ in own[1:] for r in rows]
     sampler = cfg.old == "sampler" and all(r.sampled for r in later)
     for r, logp in zip(later, (torch.tensor(r.sampled) for r in later) if sampler else policy.frozen_logprobs(later)):
         r.old = logp.to(policy.device)
@@ -510,17 +539,15 @@ def update(policy: Policy, optimizer: torch.optim.Optimizer, rl: Sequence[Row], 
                 r.reference = logp
     total: Counter = Counter()
     policy.model.train()
-    for rl_share, int_share in shares:
-        # Denominators first, over all rows of the step; then those without a gradient are left out.
+    for k, (rl_share, int_share) in enumerate(shares):
+        if not (rows := acting[k] + guided[k]):
+            continue
+        # Denominators are over all rows of the step, those without a gradient and those of other ranks included.
         n_rl = sum(len(rl[i].response) for i in rl_share)
         n_int = max(1, sum(sum(internal[i].gate) for i in int_share))
-        acting = [rl[i] for i in rl_share if rl[i].advantage != 0.0]
-        guided = [internal[i] for i in int_share if internal[i].weight > 0]
-        if not acting + guided:
-            continue
         loss = partial(step_loss, policy, n_rl=n_rl, n_int=n_int, lam=lam, cfg=cfg)
-        sums = policy.descend(optimizer, (acting, guided), loss, cfg.grad_clip)
-        total.update(sums, rows=len(acting + guided), row_tokens=sum(map(len, acting + guided)))
+        sums = policy.descend(optimizer, own[k], loss, cfg.grad_clip)
+        total.update(sums, rows=len(rows), row_tokens=sum(map(len, rows)))
         bad = bad + 1 if sums["skipped"] else 0
         if bad >= BAD_STEPS:
             raise UserError(f"{BAD_STEPS} updates in a row had a gradient that is not finite (norm {sums['grad_norm']}, losses "
@@ -553,6 +580,7 @@ class Progress:
     seconds: float = 0.0                                    # training time, evaluations excluded
     solved: list[str] = field(default_factory=list)         # distinct tasks solved without a skill, N_succ
     recent: list[float] = field(default_factory=list)       # plain success of the last iterations
+    lengths: dict[str, float] = field(default_factory=dict)             # of late, actions of an episode by kind of task
     wins: list[dict] = field(default_factory=list)          # plain successes not yet mined: task, goal, steps
     guided: list[list[GuidedStep]] = field(default_factory=list)        # of the last iterations
     finished: bool = False
@@ -678,7 +706,7 @@ def play(learner: Learner, it: Iteration, plan: Plan) -> None:
     """Roll the plan out, and find what each rollout was worth: advantages, effects, and what to keep for phase 2."""
     cfg, p, bank = learner.cfg, learner.progress, learner.bank
     dice = stable_seed(cfg.seed, "train", p.iteration)
-    for group in rollout(learner.policy, learner.env, plan, cfg.temperature, it.failures, dice):
+    for group in rollout(learner.policy, learner.env, plan, cfg.temperature, it.failures, dice, p.lengths):
         # A lost group teaches nothing: its failure was the environment's or max_prompt's, not the policy's.
         if overlong := next((e.overlong for e in group if e.overlong), ""):
             it.failures.append(overlong)
@@ -738,6 +766,9 @@ def note_successes(learner: Learner, groups: Sequence[Group]) -> None:
     p.solved += [task for task in shortest if task not in p.solved]
     if plain:                               # an iteration may lose all of its groups
         p.recent = (p.recent + [float(np.mean([e.success for e in plain]))])[-RECENT:]
+    for group in groups:
+        kind, length = group[0].task.kind, float(np.mean([len(e.steps) for e in group]))
+        p.lengths[kind] = (p.lengths.get(kind, length) + length) / 2
     if 1 in VARIANTS[cfg.variant].phases and p.phase < 2:
         p.wins = (p.wins + [dict(task=e.task.id, goal=e.task.goal, steps=[[s.action, s.result] for s in e.steps])
                             for e in shortest.values()])[-cfg.mine_wins:]
