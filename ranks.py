@@ -108,6 +108,7 @@ class Torchrun(Ranks):
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % cards)
         self.sent, self.lives, self.rests, self.broken, self.ending = 0, 0, 0, False, threading.Lock()
         store, self.rank, self.size = next(rendezvous("env://"))
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)      # what was said before a restart is void
         # A rollout may take hours, and who has played waits for the others: what ends a wait is `watch`.
         dist.init_process_group("cpu:gloo,cuda:nccl" if self.nccl else "gloo", store=dist.PrefixStore("work", store),
                                 rank=self.rank, world_size=self.size, timeout=datetime.timedelta(days=7))
@@ -187,12 +188,12 @@ class Torchrun(Ranks):
                 continue
             if not self.ending.acquire(blocking=False):
                 return                      # the main thread is ending the process
-            if self.rank == min({*range(self.size)}.difference(silent), default=0):
-                cause = cause or (f"{self.names[silent[0]]} has given no sign of life for {patience} s: it is dead or hangs"
-                                  + self.after)
-                with contextlib.suppress(OSError, ValueError):
+            cause = cause or f"{self.names[silent[0]]} has given no sign of life for {patience} s: it is dead or hangs{self.after}"
+            with contextlib.suppress(OSError, ValueError, RuntimeError):
+                if self.rank != min({*range(self.size)}.difference(silent), default=0):
+                    self.store.wait(["said"])
+                else:
                     say(f"siri: {' '.join(cause.split())}", sys.__stderr__)
-                with contextlib.suppress(RuntimeError):
                     self.store.set("said", "")
             os._exit(2)
 

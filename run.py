@@ -180,7 +180,7 @@ def load_progress(path: Path, vocab: int, n_skills: int) -> siri.Progress:
                 skill=Form(lambda x: type(x) is int and 0 <= x < n_skills, f"a skill below {n_skills}"))
     forms = {f.name: count() for f in dataclasses.fields(siri.Progress)} | dict(
         phase=Form(lambda x: type(x) is int and 0 <= x < len(PHASES), "a phase"), seconds=NUMBER, solved=[TEXT], recent=[NUMBER],
-        wins=[dict(task=TEXT, goal=TEXT, steps=told)], guided=[[step]], finished=FLAG)
+        lengths={...: NUMBER}, wins=[dict(task=TEXT, goal=TEXT, steps=told)], guided=[[step]], finished=FLAG)
     data = read_json(path / "progress.json")
     problem = misfit(data, forms, "progress")
     if not problem and data["phase_start"] > data["iteration"]:
@@ -290,7 +290,7 @@ def record(folder: Path, learner: siri.Learner, event: Any, bar: tqdm, stopping:
 
 def go_on(ranks: Ranks, folder: Path) -> str:
     """How a run that has stopped goes on."""
-    return f"go on with: {'python' if ranks.size == 1 else f'torchrun --nproc-per-node {ranks.size}'} siri.py --resume {folder}"
+    return f"go on with: {'python' if ranks.size == 1 else 'torchrun ...'} siri.py --resume {folder}"
 
 
 def record_iteration(folder: Path, learner: siri.Learner, it: siri.Iteration, bar: tqdm) -> None:

@@ -6,19 +6,19 @@
 Both sides of a comparison take turns in one process (A B A B ...), after a warm-up round that is thrown away. A row holds
 the median, least and greatest of each side over the rounds, the ratio ours / other of the medians, and the range of the
 ratios of single rounds. Peak memory is measured with each side in a fresh process of its own, above what the process
-held just before. Policy, games and prompts are the tiny preset's, but
-for `paper`.
+held just before. Policy, games and prompts are the tiny preset's, but for `paper`.
 
-Parts: `rollouts` and `scaling` (generation), `updates` and `logprobs` (training), `environment` (beside stock TextWorld),
-`trl` (a whole iteration beside TRL's GRPOTrainer; skipped without TRL), `paper` (the paper preset's policy; skipped without a CUDA
-device). A part is a function of the configuration, the
-number of rounds, and whether to shrink everything for a test; it returns its rows.
+Parts: `rollouts` and `scaling` (generation), `ranks` (two processes beside one), `updates` and `logprobs` (training),
+`environment` (beside stock TextWorld), `trl` (a whole iteration beside TRL's GRPOTrainer; skipped without TRL), `paper` (the
+paper preset's policy; skipped without a CUDA device). A part is a function of the configuration, the number of rounds, and
+whether to shrink everything for a test; it returns its rows.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import csv
 import ctypes
 import dataclasses
 import datetime
@@ -297,6 +297,37 @@ def scaling(cfg: siri.Config, rounds: int, quick: bool) -> list[Row]:
     return [row("scaling", f"{n} episodes at once", "s/episode", found[str(n)]["cost"],
                 f"{counts[0]} at once" if n > counts[0] else None, first if n > counts[0] else None,
                 work=dict(steps=found[str(n)]["steps"])) for n in counts]
+
+
+@add_part
+def ranks(cfg: siri.Config, rounds: int, quick: bool) -> list[Row]:
+    """A training iteration on two ranks beside one process, with one thread each: the same games and the same tokens."""
+    if (os.cpu_count() or 1) < 2:
+        return skipped("ranks", "fewer than two processor cores")
+    n = 2 if quick else 4
+    args = ["--preset", "smoke" if quick else "tiny", "--variant", "gigpo", "--warmup-max", str(n), "--mining-max", "0",
+            "--distill-max", "0", "--panel", "1", "--name", "x"]
+
+    def side(*launcher: str) -> Callable[[int], dict[str, float]]:
+        def run(k: int) -> dict[str, float]:
+            with tempfile.TemporaryDirectory() as folder:
+                done = subprocess.run([sys.executable, *launcher, str(ROOT / "siri.py"), *args, "--seed", str(cfg.seed + k)],
+                                      cwd=folder, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                if done.returncode:
+                    raise RuntimeError(f"{launcher or 'one process'}: {done.stderr[-2000:]}")
+                with (Path(folder) / "runs/x/metrics.csv").open(newline="") as f:
+                    rows = [*csv.DictReader(f)][1:]                     # the first iteration warms up
+            mean = lambda name: sum(float(r[name]) for r in rows) / len(rows)
+            return dict(rollout=mean("rollout_s"), update=mean("update_s"), steps=mean("mean_steps"),
+                        whole=mean("rollout_s") + mean("update_s"))
+        return run
+
+    found = alternate(rounds, two=side("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"), one=side())
+    two, one = found["two"], found["one"]
+    work = dict(ours=dict(steps=two["steps"]), other=dict(steps=one["steps"]))
+    return [row("ranks", f"{what} on two ranks", "s", two[name], "one process", one[name], require, work=work)
+            for what, name, require in (("iteration", "whole", "<= 0.65"), ("its rollouts", "rollout", None),
+                                        ("its update", "update", None))]
 
 
 # ---- 4. Environment ------------------------------------------------------------------------------------------
