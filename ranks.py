@@ -108,7 +108,7 @@ class Torchrun(Ranks):
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % cards)
         self.sent, self.lives, self.rests, self.broken, self.ending = 0, 0, 0, False, threading.Lock()
         store, self.rank, self.size = next(rendezvous("env://"))
-        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)      # what was said before a restart is void
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)      # not what was said before a restart
         # A rollout may take hours, and who has played waits for the others: what ends a wait is `watch`.
         dist.init_process_group("cpu:gloo,cuda:nccl" if self.nccl else "gloo", store=dist.PrefixStore("work", store),
                                 rank=self.rank, world_size=self.size, timeout=datetime.timedelta(days=7))
