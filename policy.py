@@ -493,7 +493,7 @@ class Policy:
         if own:
             asks = ((i, (prompts[i], dice[i] if dice else i)) for i in own)
             self.converse(asks, out.__setitem__, temperature, max_new, len(own), max(map(len, prompts)))
-        for said in self.ranks.others([(i, out[i]) for i in own]):
+        for said in self.ranks.others(lambda: [(i, out[i]) for i in own]):
             for i, ids in said:
                 out[i] = ids
         return out

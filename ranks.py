@@ -72,9 +72,9 @@ class Ranks:
         """What each rank says at this place, in their order: JSON."""
         return [data]
 
-    def others(self, data: Any) -> list[Any]:
+    def others(self, data: Callable[[], Any]) -> list[Any]:
         """What the other ranks say at this place, in their order."""
-        return [said for rank, said in enumerate(self.gather(data)) if rank != self.rank] if self.size > 1 else []
+        return [said for rank, said in enumerate(self.gather(data())) if rank != self.rank] if self.size > 1 else []
 
     def first(self, work: Callable[[], Any]) -> Any:
         """What rank 0 finds out, on every rank: JSON."""
@@ -89,6 +89,10 @@ class Ranks:
     def resting(self) -> contextlib.AbstractContextManager[None]:
         """While a model is loaded or files are written, a rank gives no sign of its own."""
         return contextlib.nullcontext()
+
+    def report(self) -> str:
+        """What the exchange took so far; empty where there was none."""
+        return ""
 
     def end(self, cause: str = "") -> None:
         """This rank ends, for a cause, which rank 0 has said where it is its own, or because all is done."""
@@ -106,7 +110,8 @@ class Torchrun(Ranks):
         self.dist, self.nccl, self.sharing = dist, cards >= here and dist.is_nccl_available(), -(-here // max(cards, 1))
         if cards:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % cards)
-        self.sent, self.lives, self.rests, self.broken, self.ending = 0, 0, 0, False, threading.Lock()
+        self.lives, self.rests, self.broken, self.ending = 0, 0, False, threading.Lock()
+        self.sent, self.waited = 0, 0.0                             # bytes, seconds
         store, self.rank, self.size = next(rendezvous("env://"))
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)      # not what was said before a restart
         # A rollout may take hours, and who has played waits for the others: what ends a wait is `watch`.
@@ -130,6 +135,7 @@ class Torchrun(Ranks):
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
         """An exchange with the others. If it breaks, somebody is gone: `watch` finds out who, and ends the process."""
+        started = time.perf_counter()
         with self.resting():
             try:
                 yield
@@ -138,6 +144,7 @@ class Torchrun(Ranks):
                     self.broken = True
                     time.sleep(2 * PATIENCE)
                 raise
+        self.waited += time.perf_counter() - started
 
     def gather(self, data: Any) -> list[Any]:
         said = torch.frombuffer(bytearray(json.dumps(data).encode()), dtype=torch.uint8)
@@ -167,6 +174,9 @@ class Torchrun(Ranks):
 
     def alive(self) -> None:
         self.lives += 1
+
+    def report(self) -> str:
+        return f"each rank told the others {self.sent / 2**20:.0f} MiB; this one waited {self.waited:.0f} s, in all"
 
     def watch(self) -> None:
         """In a thread: say each second that this rank lives, and end the process once another has ended or is silent."""

@@ -519,7 +519,7 @@ def train_run(run: Run, lock: Lock | None, ranks: Ranks) -> None:
         except UserError as e:
             raise UserError(f"{e}; then go on with --resume {folder}") from e
         if lock:
-            say(metrics.results_block(folder, load_results(folder)))
+            say("\n".join(filter(None, [ranks.report(), metrics.results_block(folder, load_results(folder))])))
     except OSError as e:
         again = f"; then go on with --resume {folder}" if checkpoints(folder) else ""
         raise UserError(f"{e.filename or folder}: {e.strerror or e}; make room there{again}") from e
@@ -577,7 +577,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")       # as standard error: no text ends a run by being unprintable
     ranks = Ranks()
     try:
-        ranks = join()
+        try:
+            ranks = join()
+        except (RuntimeError, ValueError) as e:
+            raise UserError(f"the ranks that torchrun has started cannot find each other ({e}); see docs/several-gpus.md") from e
         if ranks.rank:                                          # rank 0 speaks for all
             sys.stdout = sys.stderr = open(os.devnull, "w")
         with ExitStack() as held:                               # another call in this process may want the folder

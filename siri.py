@@ -268,7 +268,7 @@ def rollout(policy: Policy, env: envs.Environment, plan: Plan, temperature: floa
     groups, ranks = [[Episode(task, skill) for skill in dealt] for task, dealt in plan], policy.ranks
     dealt = ranks.deal([(lengths or {}).get(task.kind, env.max_steps) * len(skills) for task, skills in plan])
     lost = play_groups(policy, env, groups, dealt[ranks.rank], temperature, dice)
-    for told in ranks.others([(g, lost.get(g), [e.told() for e in groups[g]]) for g in dealt[ranks.rank]]):
+    for told in ranks.others(lambda: [(g, lost.get(g), [e.told() for e in groups[g]]) for g in dealt[ranks.rank]]):
         for g, cause, episodes in told:
             lost |= {g: cause} if cause else {}
             for e, came_of_it in zip(groups[g], episodes):

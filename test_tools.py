@@ -23,6 +23,7 @@ import torch
 import distill
 import envs
 import gigpo
+import ranks
 import siri
 import skills
 from conftest import CHATML, HERE, config, learner_of, new_bank, slow, stranger_config, write_model
@@ -84,7 +85,7 @@ def test_sides_take_turns_after_a_warm_up():
     assert seen == [("a", 0), ("b", 0), ("a", 1), ("b", 1), ("a", 2), ("b", 2)]
 
 
-@pytest.mark.parametrize("part, rows, work", [("rollouts", 4, ("steps", "tokens")), ("logprobs", 3, ()), ("paper", 24, ())])
+@pytest.mark.parametrize("part, rows, work", [("rollouts", 4, ("steps", "tokens")), ("logprobs", 3, ()), ("paper", 12, ())])
 def test_a_benchmark_prints_and_writes_what_it_promises(tmp_path, capsys, part, rows, work):
     path = tmp_path / "bench.json"
     bench.main([part], config(), rounds=1, quick=True, path=path)
@@ -584,10 +585,10 @@ README = (HERE / "README.md").read_text()
 PAGES = [HERE / "README.md", *sorted(HERE.glob("docs/*.md"))]
 COMMANDS = [line.strip() for page in PAGES for block in re.findall(r"```bash\n(.*?)```", page.read_text().replace("\\\n", " "), re.S)
             for line in re.split(r"\n|&&", block) if line.strip() and not line.strip().startswith("#")]
-MODULES = ("gigpo", "skills", "distill", "envs", "decode", "policy", "siri", "run")
+MODULES = ("gigpo", "skills", "distill", "envs", "decode", "ranks", "policy", "siri", "run")
 
 
-@pytest.mark.parametrize("module", [gigpo, distill, skills, envs, siri, metrics, figures], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [gigpo, distill, skills, envs, ranks, siri, metrics, figures], ids=lambda module: module.__name__)
 def test_examples_in_docstrings_run(module):
     result = doctest.testmod(module)
     assert result.attempted > 0 and result.failed == 0
@@ -621,14 +622,15 @@ def imports_of(path):
 
 def test_every_room_imports_only_what_is_below_it():
     """No circle: the method knows neither run nor tools, the policy no SIRI, the mathematics nothing of the house."""
-    floors = [{"gigpo", "skills", "distill", "envs", "decode"}, {"policy"}, {"siri"}, {"tools.metrics", "tools.files", "tools.check"},
+    floors = [{"gigpo", "skills", "distill", "envs", "decode", "ranks"}, {"policy"}, {"siri"}, {"tools.metrics", "tools.files", "tools.check"},
               {"tools.settings"}, {"tools.report", "tools.play", "tools.bench", "tools.probe", "tools.imitation"}, {"run"}]
     below = {"tools.figures", "tools.oracle", "tools.terminal", "tools.limits"}                               # of which nothing of the house is used but envs
     for floor in floors:
         for name in floor:
             assert imports_of(HERE / f"{name.replace('.', '/')}.py") <= below, name
         below |= floor
-    assert imports_of(HERE / "policy.py") == {"gigpo", "decode", "tools.limits", "tools.terminal"}
+    assert imports_of(HERE / "policy.py") == {"gigpo", "decode", "ranks", "tools.limits", "tools.terminal"}
+    assert imports_of(HERE / "ranks.py") == {"tools.terminal"}
     method = ast.parse((HERE / "siri.py").read_text())
     method.body = [node for node in method.body if not (isinstance(node, ast.If) and "__name__" in ast.dump(node.test))]
     names = {node.id for node in ast.walk(method) if isinstance(node, ast.Name)}
@@ -636,7 +638,7 @@ def test_every_room_imports_only_what_is_below_it():
     assert not names & {"open", "print", "Path", "pathlib", "os", "json", "tqdm", "shutil"}
 
 
-@pytest.mark.parametrize("name", ["siri", "policy", "run"])
+@pytest.mark.parametrize("name", ["siri", "policy", "ranks", "run"])
 def test_no_function_is_longer_than_a_screen(name):
     functions = [n for n in ast.walk(ast.parse((HERE / f"{name}.py").read_text())) if isinstance(n, ast.FunctionDef)]
     assert [f.name for f in functions if f.end_lineno - f.lineno >= 60] == []
@@ -660,8 +662,8 @@ def test_commands_of_the_pages_are_valid(command):
     words = [word for word in shlex.split(command, comments=True) if not re.fullmatch(r"\w+=\S*", word)]
     for word in words[1:]:
         assert not re.fullmatch(r"[\w/]+\.(py|txt|ipynb|md)", word) or (HERE / word).exists(), word
-    if words[:2] == ["python", "siri.py"] and "--help" not in words:
-        chosen, given = parse_arguments(words[2:])
+    if words[0] in ("python", "torchrun") and "siri.py" in words and "--help" not in words:
+        chosen, given = parse_arguments(words[words.index("siri.py") + 1:])
         if not (chosen.eval or chosen.resume or given.get("preset", "").startswith("paper")):
             resolve(given)
 
