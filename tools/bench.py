@@ -241,7 +241,7 @@ def timed(env: envs.Environment, spent: Counter) -> SimpleNamespace:
         game = clock(env.open)(task)
         return SimpleNamespace(start=game.start, step=clock(game.step), close=clock(game.close))
 
-    return SimpleNamespace(open=open_game, tasks=env.tasks)
+    return SimpleNamespace(open=open_game, tasks=env.tasks, max_steps=env.max_steps)
 
 
 @add_part
