@@ -168,6 +168,8 @@ class Torchrun(Ranks):
             flat = flat if self.nccl else flat.cpu()
             with self.waiting():
                 self.dist.all_reduce(flat)
+                if flat.is_cuda:
+                    torch.cuda.synchronize()            # NCCL returns before it has begun
             for tensor, summed in zip(part, flat.split([tensor.numel() for tensor in part])):
                 tensor.copy_(summed.view_as(tensor))
             self.sent, start = self.sent + flat.nbytes, stop
