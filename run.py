@@ -66,7 +66,7 @@ try:
         write_text,
     )
     from tools.imitation import cold_start
-    from tools.settings import flag, load_config, make_environment, resolve
+    from tools.settings import PRESETS, choose_preset, flag, load_config, make_environment, resolve
     from tools.terminal import printable, say
 except ModuleNotFoundError as error:
     sys.exit(missing(error.name))
@@ -336,6 +336,13 @@ ACTIONS = {     # without one: train
     "bench": "measure speed and memory beside what people would use instead; writes bench.json"}
 
 
+class Help(argparse.HelpFormatter):
+    """Help as it is written: the examples keep their lines."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if text == EXAMPLES else super()._fill_text(text, width, indent)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with errors of one line that name the nearest flag."""
 
@@ -347,13 +354,19 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def make_parser() -> Parser:
-    """The command line: the actions, and a flag for each of Config's fields."""
-    parser = Parser(usage="python siri.py [action] [--setting value ...]",
-                    description="SIRI: an agent that learns from its own skills.",
-                    epilog="[P] the SIRI paper, [R] the GiGPO release, [O] our choice. Defaults are the paper preset's.",
-                    allow_abbrev=False, argument_default=argparse.SUPPRESS,
-                    formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=120))
+EXAMPLES = """examples:
+  python siri.py --env alfworld               train, as fits this machine
+  python siri.py --env webshop --preset tiny  the other benchmark, on a laptop
+  python siri.py --resume runs/NAME           go on with a run that was stopped"""
+
+
+def make_parser(defaults: Config | None = None) -> Parser:
+    """The command line: the actions, and a flag for each of Config's fields. The help shows these defaults."""
+    defaults, width = defaults or Config(), min(100, shutil.get_terminal_size().columns)
+    told = ("SIRI: an agent that learns from its own skills. [P] the SIRI paper, [R] the GiGPO release, [O] our choice. Defaults are "
+            f"those of preset {defaults.preset} on {defaults.env}; add --preset NAME and --env NAME for another's.")
+    parser = Parser(usage="python siri.py [action] [--setting value ...]", description=told, epilog=EXAMPLES, allow_abbrev=False,
+                    argument_default=argparse.SUPPRESS, formatter_class=lambda prog: Help(prog, max_help_position=26, width=width))
     group = parser.add_argument_group("actions (without one: train)")
     for name, said in ACTIONS.items():
         how: dict[str, Any] = dict(metavar="PARTS" if name == "bench" else "RUN", default=None)
@@ -369,15 +382,27 @@ def make_parser() -> Parser:
             group = parser.add_argument_group(f.metadata["section"])
         form, kind = f.metadata["form"], type(f.default)
         said = f"{f.metadata['meaning']}; {form.words}" if form.words.startswith("one of") else f.metadata["meaning"]
-        said = (said + (f" (default {f.default!r})" if f.default != "" else "")).replace("%", "%%")
+        default = getattr(defaults, f.name)
+        default = ("off", "on")[default] if kind is bool else default
+        said = (said + f" (default {default})" * (default != "")).replace("%", "%%")
         how = dict(action=argparse.BooleanOptionalAction) if kind is bool else dict(type=kind, metavar=kind.__name__.upper())
         group.add_argument(f"--{flag(f.name)}", dest=f.name, help=said, **how)
     return parser
 
 
+def defaults_in_force(argv: Sequence[str]) -> Config:
+    """The settings that a command would have if only its preset and benchmark were given. UserError for others than there are."""
+    known = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    for name in ("--preset", "--env"):
+        known.add_argument(name)
+    given = vars(known.parse_known_args([word for word in argv if word not in ("--help", "-h")])[0])
+    preset, _ = choose_preset(given)
+    return Config(**{**PRESETS[preset][given.get("env", Config.env)], **given, "preset": preset})
+
+
 def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
     """The actions (resume, eval, ...) and the settings that were given. UserError if bad."""
-    given = vars(make_parser().parse_args(argv))
+    given = vars(make_parser(defaults_in_force(argv) if {"--help", "-h"} & {*argv} else None).parse_args(argv))
     chosen = argparse.Namespace(**{name: given.pop(name) for name in ACTIONS})
     several = [f"--{name}" for name in ("resume", "eval", *COMMANDS) if getattr(chosen, name) is not None]
     if len(several) > 1:

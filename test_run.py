@@ -1184,3 +1184,17 @@ def test_a_zero_byte_in_a_game_does_not_end_the_process(tmp_path):
     world = envs.AlfWorld.official(make_folder(tmp_path, lambda text: text.replace("(:init", "(:init (isClean \\u0000)")))
     with pytest.raises(ValueError, match="zero byte"):
         world.open(world.tasks("train")[0])
+
+
+def test_the_help_fits_80_columns_and_shows_the_defaults_in_force(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    texts = []
+    for args in (["--help", "--preset", "paper", "--env", "webshop"], ["--preset", "tiny", "--help"]):
+        with pytest.raises(SystemExit):
+            main(args)
+        texts.append(capsys.readouterr().out)
+        assert max(map(len, texts[-1].splitlines())) <= 80 and texts[-1].count("  python siri.py --") == 3
+    for text, default, lr in zip(texts, ("4096", "512"), ("3e-06", "0.002")):
+        said = " ".join(text.split())
+        assert f"never the skill [R] (default {default})" in said and f"AdamW learning rate [R] (default {lr})" in said
+    assert main(["--help", "--env", "webshp"]) == 2 and "--env webshp: must be one of alfworld, webshop" in capsys.readouterr().err

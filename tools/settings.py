@@ -54,10 +54,9 @@ def flag(name: str) -> str:
     return "4bit" if name == "four_bit" else name.replace("_", "-")
 
 
-def resolve(given: dict[str, Any], saved: dict[str, Any] | None = None) -> tuple[Config, str]:
-    """Preset, then the settings that a run was saved with, then the user's own, then checks. Returns the config and why
-    this preset. UserError if bad."""
-    settings = {**(saved or {}), **given}
+def choose_preset(settings: dict[str, Any]) -> tuple[str, str]:
+    """The preset of these settings, by the device's memory where none is given, and why it is that. UserError for a preset or a
+    benchmark that there isn't."""
     preset, reason = settings.get("preset", "auto"), "chosen by --preset"
     if preset == "auto":
         gib, world = device_gib(), settings.get("env", Config.env)
@@ -69,6 +68,14 @@ def resolve(given: dict[str, Any], saved: dict[str, Any] | None = None) -> tuple
     for name, value, allowed in (("preset", preset, ("auto", *PRESETS)), ("env", settings.get("env", Config.env), SPLITS)):
         if value not in allowed:
             raise UserError(f"--{name} {value}: must be one of {', '.join(allowed)}")
+    return preset, reason
+
+
+def resolve(given: dict[str, Any], saved: dict[str, Any] | None = None) -> tuple[Config, str]:
+    """Preset, then the settings that a run was saved with, then the user's own, then checks. Returns the config and why
+    this preset. UserError if bad."""
+    settings = {**(saved or {}), **given}
+    preset, reason = choose_preset(settings)
     cfg = Config(**{**PRESETS[preset][settings.get("env", Config.env)], **settings, "preset": preset})
     for f in dataclasses.fields(cfg):
         value, form = getattr(cfg, f.name), f.metadata["form"]
