@@ -363,8 +363,8 @@ EXAMPLES = """examples:
 def make_parser(defaults: Config | None = None) -> Parser:
     """The command line: the actions, and a flag for each of Config's fields. The help shows these defaults."""
     defaults, width = defaults or Config(), min(100, shutil.get_terminal_size().columns)
-    told = ("SIRI: an agent that learns from its own skills. [P] the SIRI paper, [R] the GiGPO release, [O] our choice. Defaults are "
-            f"those of preset {defaults.preset} on {defaults.env}; add --preset NAME and --env NAME for another's.")
+    told = ("SIRI: an agent that learns from its own skills. [P] the SIRI paper, [R] the GiGPO release, [O] our choice. Defaults "
+            f"are those of preset {defaults.preset} on {defaults.env}; add --preset NAME and --env NAME for another's.")
     parser = Parser(usage="python siri.py [action] [--setting value ...]", description=told, epilog=EXAMPLES, allow_abbrev=False,
                     argument_default=argparse.SUPPRESS, formatter_class=lambda prog: Help(prog, max_help_position=26, width=width))
     group = parser.add_argument_group("actions (without one: train)")

@@ -270,7 +270,8 @@ def rollout(policy: Policy, env: envs.Environment, plan: Plan, temperature: floa
     lost = play_groups(policy, env, groups, dealt[ranks.rank], temperature, dice)
     for told in ranks.others(lambda: [(g, lost.get(g), [e.told() for e in groups[g]]) for g in dealt[ranks.rank]]):
         for g, cause, episodes in told:
-            lost |= {g: cause} if cause else {}
+            if cause:
+                lost[g] = cause
             for e, came_of_it in zip(groups[g], episodes):
                 e.hear(*came_of_it)
     if failures is not None:
