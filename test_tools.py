@@ -692,16 +692,33 @@ def test_names_on_a_page_exist(page):
         assert (page.parent / link).exists(), link
 
 
-def test_the_line_counts_of_the_readme_are_about_right():
-    counts = re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", README, re.M)
+def test_the_line_counts_of_the_rooms_are_about_right():
+    counts = re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", (HERE / "docs/contributing.md").read_text(), re.M)
     assert {name for name, _ in counts} == {f"{name}.py" for name in MODULES}
     for name, told in counts:
         assert int(told) == pytest.approx(len((HERE / name).read_text().splitlines()), rel=0.05), name
 
 
+def test_the_readme_is_short_and_nothing_in_it_is_cut_off():
+    """Prose of at most 120 columns; code of at most 100, which a page of 1,280 pixels shows whole."""
+    assert len(README.split()) <= 1900
+    for i, block in enumerate(README.split("```")):
+        for line in block.splitlines():
+            assert len(line) <= (100 if i % 2 else 120) or line.startswith(("|", "![")), line
+
+
+def test_links_to_headings_lead_somewhere():
+    heading = lambda text: re.sub(r"[^\w -]", "", text.strip().lower()).replace(" ", "-")
+    there = {page: {heading(text) for text in re.findall(r"^#+ (.*)$", page.read_text(), re.M)} for page in PAGES}
+    for page in PAGES:
+        for file, anchor in re.findall(r"\]\(([^)#:]*)#([\w-]+)\)", page.read_text()):
+            assert anchor in there[(page.parent / file).resolve() if file else page], (page.name, anchor)
+
+
 def test_the_equations_of_the_readme_name_function_and_test():
-    tags = re.findall(r"^\| ([GS]\d+) \|.*`(?:gigpo|skills|distill|siri)\..*`test_", README, re.M)
-    assert tags == [f"G{i}" for i in range(1, 9)] + [f"S{i}" for i in range(1, 11)]
+    rows = re.findall(r"^\| ([GS]\d+) \|.*\[`(\w+)\.(\w+).*`\]\((\w+)\.py\) \| `test_", README, re.M)
+    assert all(module == file and hasattr(importlib.import_module(module), name) for _, module, name, file in rows)
+    assert [tag for tag, *_ in rows] == [f"G{i}" for i in range(1, 9)] + [f"S{i}" for i in range(1, 11)]
 
 
 # ---- 8. the probe of a model -------------------------------------------------------------------------------------------
