@@ -521,8 +521,9 @@ class Policy:
                 unheard[i] = more
             return more
 
-        self.retry("gen_tokens", lambda: self.answer_all(
-            waiting(), heard, temperature, max_new, at_once, longest or self.cfg.max_prompt))
+        with self.ranks.working():
+            self.retry("gen_tokens", lambda: self.answer_all(
+                waiting(), heard, temperature, max_new, at_once, longest or self.cfg.max_prompt))
 
     def answer_all(self, asks: Iterable[tuple[int, Ask]], follow: Follow, temperature: float, max_new: int, at_once: int,
                    longest: int) -> None:
@@ -615,7 +616,7 @@ class Policy:
                 out.update(zip(part, logp.split([len(rows[i].response) for i in part])))
             return [out[i] for i in range(len(rows))]
 
-        with torch.no_grad():
+        with torch.no_grad(), self.ranks.working():
             return self.retry("update_tokens", work)
 
     def descend(self, optimizer: torch.optim.Optimizer, kinds: Iterable[Sequence[Any]],
@@ -635,7 +636,9 @@ class Policy:
                     sums.update(more)
             return sums
 
-        sums = self.add_up(self.retry("update_tokens", gradient))
+        with self.ranks.working():
+            sums = self.retry("update_tokens", gradient)
+        sums = self.add_up(sums)
         sums["grad_norm"] = torch.nn.utils.clip_grad_norm_(self.trainable, grad_clip).item()
         # A loss that is not finite makes the gradient so, and one such step would end the policy.
         sums["skipped"] = int(not math.isfinite(sums["grad_norm"]))

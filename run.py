@@ -31,6 +31,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -263,13 +264,12 @@ def consume(learner: siri.Learner, folder: Path, lock: Lock | None, stop: Stop) 
     with tqdm(total=p.iteration + iterations_left(learner), initial=p.iteration, desc=PHASES[p.phase], unit="it",
               dynamic_ncols=True, disable=lock is None) as bar:
         for event in siri.train(learner):
-            stop.asked = any(ranks.gather(stop.asked))
+            stopping = any(ranks.gather(stop.asked))        # one decision, even if a signal comes in the meantime
             if lock:
-                with ranks.resting():
-                    lock.check()
-                    record(folder, learner, event, bar, stop.asked)
+                lock.check()
+                record(folder, learner, event, bar, stopping)
             ended = isinstance(event, siri.Milestone) and event.reason or isinstance(event, siri.Evaluation)
-            if stop.asked and not ended and not p.finished:
+            if stopping and not ended and not p.finished:
                 raise Stopped(f"stopped before iteration {p.iteration}; {go_on(ranks, folder)}")
             bar.total = bar.n + iterations_left(learner) * (not p.finished)
 
@@ -505,12 +505,15 @@ def load(run: Run, ranks: Ranks) -> tuple[envs.Environment, Policy]:
         say(f"preset {cfg.preset} ({run.reason}); model {cfg.model}, {'4-bit, ' if cfg.four_bit else ''}LoRA r {cfg.lora_r}; "
             f"{cfg.prompt_style} prompts; variant {cfg.variant}; seed {cfg.seed}; folder {run.folder}")
     policy = Policy(cfg, run.checkpoint, ranks)
-    said = ranks.gather(dict(model=policy.base, games=[env.notice, *(task.id for task in siri.panel_tasks(cfg, env))],
-                             torch=torch.__version__))
-    for rank, other in enumerate(said):
-        if other != said[0]:
-            what = next(name for name in other if other[name] != said[0][name])
-            raise UserError(f"rank {rank} has another {what} than rank 0; give all machines the same files and packages")
+    if ranks.size > 1:
+        tasks = env.tasks("train")
+        said = ranks.gather(dict(model=policy.base, panel=[task.id for task in siri.panel_tasks(cfg, env)],
+                                 games=[len(tasks), *(tasks[i].id for i in range(0, len(tasks), len(tasks) // 100 + 1))],
+                                 packages=[version(name) for name in ("torch", "transformers", "peft")]))
+        for rank, other in enumerate(said):
+            for what in other:
+                if other[what] != said[0][what]:
+                    raise UserError(f"rank {rank} has another {what} than rank 0; give all machines the same files and packages")
     return env, policy
 
 
@@ -518,17 +521,16 @@ def train_run(run: Run, lock: Lock | None, ranks: Ranks) -> None:
     """Train, from the beginning or from a checkpoint; rank 0, with the lock, keeps the folder. Raises Stopped and UserError, and
     KeyboardInterrupt for a second signal."""
     cfg, folder = run.cfg, run.folder
-    with ranks.resting():
-        env, policy = load(run, ranks)
-        # What was found out at the start is kept: a run is resumed with the same batches, and on no other model.
-        cfg.gen_tokens, cfg.update_tokens, cfg.base = policy.gen_tokens, policy.update_tokens, policy.base
-        say(f"memory: batches of {policy.gen_tokens} tokens to generate, {policy.update_tokens} to update"
-            + f"; {ranks.size} ranks share each iteration" * (ranks.size > 1))
-        if policy.chat.before:
-            say(f"the chat template asks for a system turn: every prompt begins with {policy.chat.before[0]['content']!r}")
-        learner = siri.Learner.begin(cfg, env, policy)
-        if run.checkpoint:
-            load_checkpoint(learner, run.checkpoint)
+    env, policy = load(run, ranks)
+    # What was found out at the start is kept: a run is resumed with the same batches, and on no other model.
+    cfg.gen_tokens, cfg.update_tokens, cfg.base = policy.gen_tokens, policy.update_tokens, policy.base
+    say(f"memory: batches of {policy.gen_tokens} tokens to generate, {policy.update_tokens} to update"
+        + f"; {ranks.size} ranks share each iteration" * (ranks.size > 1))
+    if policy.chat.before:
+        say(f"the chat template asks for a system turn: every prompt begins with {policy.chat.before[0]['content']!r}")
+    learner = siri.Learner.begin(cfg, env, policy)
+    if run.checkpoint:
+        load_checkpoint(learner, run.checkpoint)
     ranks.after = "; " + go_on(ranks, folder)
     try:
         if lock and run.checkpoint:
@@ -557,8 +559,8 @@ def evaluate_run(run: Run, lock: Lock | None, ranks: Ranks, with_skills: bool) -
     """`--eval`: play the panel with a checkpoint, with the plain prompt or with the run's bank."""
     assert run.checkpoint is not None
     bank, label = (load_bank(run.checkpoint), "eval with skills") if with_skills else (None, "eval")
-    with ranks.resting():       # nothing is trained: no probe of the memory that it would take
-        env, policy = load(dataclasses.replace(run, cfg=dataclasses.replace(run.cfg, update_tokens=1), reason=""), ranks)
+    # Nothing is trained: no probe of the memory that it would take.
+    env, policy = load(dataclasses.replace(run, cfg=dataclasses.replace(run.cfg, update_tokens=1), reason=""), ranks)
     played = siri.evaluate(policy, env, siri.panel_tasks(run.cfg, env), run.cfg, label, bank)
     if lock:
         result = metrics.summarise(env, run.cfg, played)
@@ -613,7 +615,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if chosen.check:
                 return check()
             act(chosen, given, held, ranks)
-            ranks.end()
+        ranks.end("", lambda: None)
         return 0
     # Anything else that is raised is a fault of this program, and shows where it is.
     except UserError as e:
@@ -626,8 +628,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return last_words(str(e) or "stopped at once", 130, ranks)
     except Exception as e:
         if isinstance(ranks, Torchrun):
-            traceback.print_exc(file=sys.__stderr__)
-            ranks.end(f"{type(e).__name__}: {e}")
+            ranks.end(f"{type(e).__name__}: {e}", partial(traceback.print_exc, file=sys.__stderr__))
         raise
     finally:
         ends = argv is None and "IPython" not in sys.modules    # a process that ends has nothing left to stop
@@ -638,7 +639,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def last_words(text: object, status: int, ranks: Ranks) -> int:
     """Say on one line, whatever it quotes, why it ends; returns the exit status."""
     text = " ".join(str(text).split())
-    with contextlib.suppress(OSError, ValueError):              # nobody may be listening
-        say(f"siri: {text}", sys.stderr)
-    ranks.end(text if status else "")
+
+    def speak() -> None:
+        with contextlib.suppress(OSError, ValueError):          # nobody may be listening
+            say(f"siri: {text}", sys.stderr)
+
+    ranks.end(text if status else "", speak)
     return status

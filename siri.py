@@ -531,7 +531,7 @@ def update(policy: Policy, optimizer: torch.optim.Optimizer, rl: Sequence[Row], 
     signal = [r for rows, _ in own for r in rows]
     # In the first step the policy is still the one that sampled: the ratio of G7 is 1, whatever its old log-probabilities.
     later = [r for rows, _ in own[1:] for r in rows]
-    sampler = cfg.old == "sampler" and all(r.sampled for r in later)
+    sampler = cfg.old == "sampler" and all(r.sampled for r in rl)
     for r, logp in zip(later, (torch.tensor(r.sampled) for r in later) if sampler else policy.frozen_logprobs(later)):
         r.old = logp.to(policy.device)
     if cfg.kl_beta:

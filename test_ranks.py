@@ -301,4 +301,4 @@ if __name__ == "__main__":
     ranks = join()
     assert isinstance(ranks, Torchrun)
     work(ranks, Path(sys.argv[1]))
-    ranks.end()
+    ranks.end("", lambda: None)
