@@ -100,7 +100,7 @@ def overview_section(runs: Sequence[Told]) -> str:
                      f"{rate(final)}, n {final['n']}" if final else "not finished"])
     head = ["run", "environment", "preset", "variant", "seed", "iterations", "environment steps", "seconds", "panel",
             "final success [95%]"]
-    return section("runs", "Runs", table("What was run, and how far it came", head, rows, 9))
+    return section("runs", "Runs", table("What was run, and how far it came", head, rows, 4))
 
 
 def curves_section(runs: Sequence[Told]) -> str:

@@ -153,7 +153,7 @@ def chart(name: str, title: str, what: str, series: Sequence[Series], marks: Ite
     if not drawn:
         return f"<figure><{level}>{title}</{level}><p>No finite value in this run.</p></figure>\n"
     ends = [0.0, *(v for _, _, points in drawn for p in points for v in p[1:] if finite(v))]
-    y_ticks = ticks(*(y or (min(ends), max(ends))), most=5 if height > 150 else 2)
+    y_ticks = ticks(*(y or (min(ends), max(ends) if any(ends) else 1)), most=5 if height > 150 else 2)
     bottom, low, high, at_x = height - 30, y_ticks[0], y_ticks[-1], across(x_range)
     at_y = lambda v: bottom - (bottom - TOP) * (min(max(v, low), high) - low) / (high - low)
     path = lambda spots: " ".join(f"{a:.1f},{b:.1f}" for a, b in spots)
