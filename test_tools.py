@@ -458,6 +458,15 @@ def test_a_comparison_of_what_cannot_be_compared_is_refused(reported, tmp_path):
             compare.page(folders)
 
 
+def test_a_comparison_takes_no_file_of_others(reported, other, capsys):
+    page = reported.parent / "comparison.html"
+    page.write_text("mine")
+    assert main(["--report", str(reported), str(other)]) == 2
+    assert "comparison.html: is another file; move it away" in capsys.readouterr().err and page.read_text() == "mine"
+    page.unlink()
+    assert [main(["--report", str(reported), str(other)]) for _ in range(2)] == [0, 0]
+
+
 def test_colours_of_the_report_can_be_read():
     """WCAG contrast of every text colour on every background it stands on, tints at their fullest: 4.5 at least."""
     light, dark = (dict(re.findall(r"--(\w+): ([^;]+);", part)) for part in figures.STYLE.split("@media")[:2])

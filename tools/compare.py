@@ -13,6 +13,7 @@ same games are paired. Of n games that two policies played, b were won by the fi
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from tools.metrics import wilson
 from tools.report import CONFIG, document, final_result, rate, read_metrics, read_results, section, write, write_page
 from tools.terminal import say
 
+TITLE = "comparison of SIRI runs"
 MOST = 8                # runs on a page: more lines cannot be told apart
 CURVES = (              # column of metrics.csv, heading, what it is; what no run has is left out
     ("success_plain", "Success in training, plain prompt", "Share of the rollouts that reach the goal"),
@@ -188,14 +190,17 @@ def page(folders: Sequence[Path]) -> str:
     header = (f"<header><h1>Comparison of {names}</h1>\n" + "".join(f'<p class="notice">{esc(notice)}</p>\n' for notice in notices)
               + "</header>\n")
     links = dict(runs="Runs", results="Evaluations", curves="Curves", settings="Settings")
-    return document(f"{names}: comparison of SIRI runs", links, header, "\n".join(
+    return document(f"{names}: {TITLE}", links, header, "\n".join(
         part(runs) for part in (overview_section, results_section, curves_section, settings_section)))
 
 
 def command(given: Sequence[str], settings: dict[str, Any]) -> None:
-    """`--report`: write the report of a run, or the comparison of several, and say where it is. UserError as `page`."""
+    """`--report`: write the report of a run, or the comparison of several, and say where it is. UserError as `page`, and for a
+    file of that name that is not ours."""
     folders = [Path(name) for name in given]
     if len(folders) == 1:
-        say(write(folders[0]))
-    else:
-        say(write_page(folders[0].resolve().parent / "comparison.html", page(folders)))
+        return say(write(folders[0]))
+    path = folders[0].resolve().parent / "comparison.html"
+    if os.path.lexists(path) and not (path.is_file() and TITLE in path.read_text(errors="replace")):
+        raise UserError(f"{path}: is another file; move it away")
+    say(write_page(path, page(folders)))

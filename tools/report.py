@@ -29,7 +29,9 @@ from tools.files import RESULTS, load_bank, read_json, refuse_links, write_text
 from tools.metrics import wilson
 
 FLOAT = Form(lambda x: type(x) is float or NUMBER.holds(x), "a number")        # nan where there was nothing to average
-STEP = dict(observation=TEXT, text=TEXT, pieces=[TEXT], weights=[FLOAT], reward=FLOAT, advantage=FLOAT, valid=FLAG)
+PIECES = Form(lambda x: isinstance(x, list) and all(map(TEXT.holds, x)), "a list of texts")            # of many: as a whole
+WEIGHTS = Form(lambda x: isinstance(x, list) and all(map(FLOAT.holds, x)), "a list of numbers")
+STEP = dict(observation=TEXT, text=TEXT, pieces=PIECES, weights=WEIGHTS, reward=FLOAT, advantage=FLOAT, valid=FLAG)
 EPISODE = dict(skill=Form(lambda x: x is None or isinstance(x, str), "a text or null"), success=FLAG, steps=[STEP])
 SAMPLE = dict(iteration=COUNT, phase=COUNT, task=TEXT, goal=TEXT, episodes=[EPISODE])
 CONFIG = {"env": TEXT, "preset": TEXT, "variant": TEXT, "seed": COUNT, ...: ANYTHING}
@@ -222,29 +224,34 @@ def results_section(results: list[dict]) -> str:
                           table("Every task, won or lost", ["task", *columns], by_game), "long"))
 
 
-def history(bank: skills.SkillBank, skill: skills.Skill) -> tuple[list[tuple[int, str]], list[tuple[float, float, float, float]]]:
-    """A skill's states, each with the iteration of its change, and its utility with the standard error after each effect. They
-    are what the bank's rules (S6) give for its effects, recorded again."""
-    twin = skills.Skill(skill.id, skill.condition, skill.strategy, skill.born, skill.source)
-    replay = dataclasses.replace(bank, skills=[twin], rejected=Counter())
-    changes, utility = [(skill.born, "candidate")], []
-    for iteration, delta in skill.effects:
-        if replay.record(twin, delta, iteration) != changes[-1][1]:
-            changes.append((iteration, twin.state))
-        value, error = twin.utility(bank.kappa), twin.stderr(bank.kappa)
-        error = math.nan if error is None else error
-        utility.append((iteration, value, value - error, value + error))
-    return changes, utility
+@dataclasses.dataclass
+class History:
+    """A skill's states, each with the iteration of its change, and its utility with the standard error after each effect: what the
+    bank's rules (S6) give for its effects, recorded again."""
+    changes: list[tuple[int, str]]
+    utility: list[tuple[float, float, float, float]]
+
+    @classmethod
+    def of(cls, bank: skills.SkillBank, skill: skills.Skill) -> History:
+        """Recorded in a bank of its own."""
+        twin = skills.Skill(skill.id, skill.condition, skill.strategy, skill.born, skill.source)
+        replay, told = dataclasses.replace(bank, skills=[twin], rejected=Counter()), cls([(skill.born, "candidate")], [])
+        for iteration, delta in skill.effects:
+            if replay.record(twin, delta, iteration) != told.changes[-1][1]:
+                told.changes.append((iteration, twin.state))
+            value, error = twin.utility(bank.kappa), twin.stderr(bank.kappa)
+            error = math.nan if error is None else error
+            told.utility.append((iteration, value, value - error, value + error))
+        return told
 
 
-def skill_card(bank: skills.SkillBank, skill: skills.Skill, x_range: tuple[float, float]) -> str:
+def skill_card(bank: skills.SkillBank, skill: skills.Skill, history: History, x_range: tuple[float, float]) -> str:
     """One skill and its history."""
-    changes, utility = history(bank, skill)
-    error = skill.stderr(bank.kappa)
+    changes, error = history.changes, skill.stderr(bank.kappa)
     spread = "no standard error before 2 pairs" if error is None else f"&plusmn; {error:.2f} s.e."
     effects = [(x, delta, math.nan, math.nan) for x, delta in skill.effects]
     drawn = chart(f"skill{skill.id}", f"Effect of skill {skill.id}", "Paired effects, and the utility with its standard error",
-                  [Series("utility", utility), Series("paired effects", effects, line=False)], changes, x_range, y=(-1, 1),
+                  [Series("utility", history.utility), Series("paired effects", effects, line=False)], changes, x_range, y=(-1, 1),
                   height=150, level="h4") if skill.n else "<p>Not yet tried in a pair.</p>"
     state = changes[-1][1]
     doubt = f"<p>The file says {skill.state}, but these effects lead to {state}.</p>" * (state != skill.state)
@@ -254,11 +261,12 @@ def skill_card(bank: skills.SkillBank, skill: skills.Skill, x_range: tuple[float
             f"<small>skill {skill.id}, mined from {esc(skill.source)}</small></p>{doubt}\n{drawn}</article>\n")
 
 
-def lives_figure(bank: skills.SkillBank, x_range: tuple[float, float], marks: list[tuple[float, str]]) -> str:
+def lives_figure(bank: skills.SkillBank, histories: list[History], x_range: tuple[float, float],
+                 marks: list[tuple[float, str]]) -> str:
     """All skills on one timeline, in the order of their births."""
     lives = []
-    for skill in sorted(bank.skills, key=lambda s: (s.born, s.id)):
-        changes, _ = history(bank, skill)
+    for skill, history in sorted(zip(bank.skills, histories), key=lambda pair: (pair[0].born, pair[0].id)):
+        changes = history.changes
         ends = [x for x, _ in changes[1:]] + [changes[-1][0] if changes[-1][1] == "retired" else x_range[1]]
         lives.append(Life(f"{skill.id}", f"{skill.utility(bank.kappa):+.2f}" if skill.n else "&ndash;",
                           f"{esc(skill.text)} ({', '.join(f'{state} {x}' for x, state in changes)})",
@@ -285,10 +293,12 @@ def skills_section(bank: skills.SkillBank | None, cfg: dict[str, Any], rows: lis
     if bank and bank.skills:
         known = [x for s in bank.skills for x in (s.born, *(x for x, _ in s.effects))]
         x_range = (min(known), int(max([*known, *(r["iteration"] for r in rows)])))
-        parts.append(lives_figure(bank, x_range, phase_starts(rows)))
+        histories = [History.of(bank, skill) for skill in bank.skills]
+        parts.append(lives_figure(bank, histories, x_range, phase_starts(rows)))
         for state in ("active", "candidate", "retired"):
-            group = sorted((s for s in bank.skills if s.state == state), key=lambda s: -s.utility(bank.kappa))
-            cards = f'<div class="grid3">{"".join(skill_card(bank, s, x_range) for s in group)}</div>'
+            group = sorted(((s, h) for s, h in zip(bank.skills, histories) if s.state == state),
+                           key=lambda pair: -pair[0].utility(bank.kappa))
+            cards = f'<div class="grid3">{"".join(skill_card(bank, s, h, x_range) for s, h in group)}</div>'
             if group:
                 parts.append(folded(f"<h3>{len(group)} {state}, by utility</h3>", cards,
                                     "open" if state == "active" else ""))
@@ -314,8 +324,10 @@ def spaces(pieces: list[str], text: str) -> list[str]:
 def step_item(place: int, step: dict[str, Any], scale: float) -> str:
     """What was seen, the sampled tokens, what they were worth. `scale` is the advantage that gets the full tint."""
     a, seen, pieces = step["advantage"], step["observation"], step["pieces"]
-    tokens = "".join(space + (f'<b style="--w:{min(w, 1):.2f}">{esc(p)}</b>' if w > 0 else esc(p))
-                     for space, p, w in zip(spaces(pieces, step["text"]), pieces, step["weights"]) if p)
+    told = [token for token in zip(spaces(pieces, step["text"]), pieces, step["weights"]) if token[1]]
+    tokens = "".join("".join(f'{space}<b style="--w:{min(w, 1):.2f}">{esc(p)}</b>' for space, p, w in part) if weighted
+                     else esc("".join(space + p for space, p, _ in part))
+                     for weighted, part in itertools.groupby(told, lambda token: token[2] > 0))
     tint = f' class="{"pos" if a > 0 else "neg"}" style="--a:{min(abs(a) / scale, 1):.2f}"' if a and finite(a) else ""
     gated = [w for w in step["weights"] if w > 0]
     distilled = f"; distilled: {len(gated)} of {len(pieces)} tokens, weight {max(gated):.2f}" if gated else ""
