@@ -442,6 +442,8 @@ def test_a_comparison_says_why_there_is_no_test(reported, other):
     text = Outline(compare.page([reported, other])).text
     assert "base other other games (alfworld valid_seen, 120 games; alfworld valid_seen, 120 games): no paired test" in text
     assert "final other 2 of 120; not the same max_steps 0 1 +0.500 [" in text
+    append_metrics(other, metrics_row(6, 2, seconds=math.nan, env_steps=1e300))              # no axis reaches there
+    assert "0.625 at 3,000" in Outline(compare.page([reported, other])).text
     write_json(other / "results.json", [])
     assert "No other run has an evaluation that finished has: no paired test" in Outline(compare.page([reported, other])).text
     for name in ("results.json", "metrics.csv"):

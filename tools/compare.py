@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from policy import UserError
-from tools.figures import Series, chart, esc, number, table
+from tools.figures import Series, chart, esc, finite, number, table
 from tools.files import read_json, refuse_links
 from tools.metrics import wilson
 from tools.report import CONFIG, document, final_result, rate, read_metrics, read_results, section, write, write_page
@@ -107,7 +107,8 @@ def overview_section(runs: Sequence[Told]) -> str:
 
 def curves_section(runs: Sequence[Told]) -> str:
     """Every curve over environment steps, and beside it over seconds."""
-    out, ends = [], [max([r.get(axis, 0.0) for run in runs for r in run.rows], default=0.0) for axis, _ in AXES]
+    out: list[str] = []
+    ends = [max([r[axis] for run in runs for r in run.rows if finite(r.get(axis, math.nan))], default=0.0) for axis, _ in AXES]
 
     def draw(title: str, what: str, points: Callable[[Told, str], list], y: tuple[float, float] | None, bars: bool) -> None:
         for (axis, unit), end in zip(AXES, ends):
@@ -116,13 +117,13 @@ def curves_section(runs: Sequence[Told]) -> str:
 
     def evaluated(run: Told, axis: str) -> list:
         return [(run.cost(r["iteration"], axis), r["successes"] / r["n"], *wilson(r["successes"], r["n"]))
-                for r in run.results if r["n"] and not r["skills"] and math.isfinite(run.cost(r["iteration"], axis))]
+                for r in run.results if r["n"] and not r["skills"] and finite(run.cost(r["iteration"], axis))]
 
     draw("Evaluations", "Success on each run's panel with the plain prompt; bars: 95% Wilson intervals", evaluated, (0, 1), True)
     for column, title, what in CURVES:
-        if any(math.isfinite(r.get(column, math.nan)) for run in runs for r in run.rows):
+        if any(finite(r.get(column, math.nan)) for run in runs for r in run.rows):
             draw(title, what, lambda run, axis: [(r[axis], r.get(column, math.nan), math.nan, math.nan) for r in run.rows
-                                                 if math.isfinite(r.get(axis, math.nan))],
+                                                 if finite(r.get(axis, math.nan))],
                  (0, 1) if column.startswith(("success", "score", "invalid")) else None, False)
     return section("curves", "Curves", "<p>Environment steps and seconds are those of training, evaluations excluded; seconds "
                    f'depend on the machine.</p><div class="grid2">{"".join(out)}</div>')
