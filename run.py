@@ -51,7 +51,7 @@ try:
     from ranks import Ranks, Torchrun, join
     from siri import PHASES, Config
     from skills import FLAG, NUMBER, TEXT, Form, count, misfit
-    from tools import bench, metrics, play, probe, report
+    from tools import bench, compare, metrics, play, probe, report
     from tools.files import (
         OWN,
         checkpoints,
@@ -113,6 +113,15 @@ def save_sample(folder: Path, learner: siri.Learner, it: siri.Iteration) -> None
         (folder / "samples").mkdir(exist_ok=True)
         write_text(folder / "samples" / f"{it.number:04d}.txt", printable(text))
         write_json(folder / "samples" / f"{it.number:04d}.json", data)
+
+
+def write_report(folder: Path, alive: bool) -> Path | None:
+    """The page of a run that goes on (`alive`) or has ended. A fault in it ends no run: one warning, and None."""
+    try:
+        return report.write(folder, alive)
+    except Exception as e:
+        say(f"     warning: the report is not written ({' '.join(f'{type(e).__name__}: {e}'.split())})")
+        return None
 
 
 # ---- 2. Checkpoints --------------------------------------------------------------------------------------------------
@@ -305,6 +314,8 @@ def record_iteration(folder: Path, learner: siri.Learner, it: siri.Iteration, ba
     lines += [f"     warning: {text}" for text in metrics.warnings_of(row, learner.cfg)]
     for line in [*lines, metrics.dense_line(row)]:
         say(line)
+    if it.number % learner.cfg.sample_every == 0:
+        write_report(folder, alive=True)            # with the sample, and the row
     bar.set_description(PHASES[it.phase], refresh=False)
     bar.set_postfix(plain=f"{row['success_plain']:.2f}", skill=f"{row['success_skill']:.2f}",
                     tok_s=f"{row['rollout_tokens_per_s']:.0f}", refresh=False)
@@ -315,22 +326,23 @@ def record_iteration(folder: Path, learner: siri.Learner, it: siri.Iteration, ba
 
 
 def record_evaluation(folder: Path, learner: siri.Learner, played: siri.Evaluation) -> None:
-    """An evaluation's entry in results.json, and its line."""
+    """An evaluation's entry in results.json, its line, and the report."""
     p, result = learner.progress, metrics.summarise(learner.env, learner.cfg, played)
     add_result(folder, result | dict(checkpoint=f"iteration {p.iteration}", iteration=p.iteration, env_steps=p.env_steps))
     for line in (*metrics.lost_games(played), metrics.result_line(result)):
         say(line)
+    write_report(folder, alive=True)
 
 
 # ---- 4. Command line ---------------------------------------------------------------------------------------------------
 
-COMMANDS = {"report": report.command, "play": play.command, "bench": bench.command, "probe": probe.command}
+COMMANDS = {"report": compare.command, "play": play.command, "bench": bench.command, "probe": probe.command}
 ACTIONS = {     # without one: train
     "check": "can this machine install the requirements?",
     "resume": "go on with a run where it stopped; auto: with the run of these settings, or begin it",
     "eval": "play the panel with a run's last checkpoint",
     "with_skills": "with --eval: use the bank (ablation)",
-    "report": "write RUN/report.html: one page with all that happened",
+    "report": "write RUN/report.html: one page with all that happened; of several runs: comparison.html beside the first",
     "play": "play in the terminal, or watch the policy of a run (default: the base policy)",
     "probe": "will a --model do? minutes instead of days: its answers and skills, and how many are well formed",
     "bench": "measure speed and memory beside what people would use instead; writes bench.json"}
@@ -374,6 +386,8 @@ def make_parser(defaults: Config | None = None) -> Parser:
             how = dict(action="store_true", default=False)
         elif name == "probe":
             how = dict(action="store_const", const="", default=None)
+        elif name == "report":
+            how |= dict(nargs="+")
         elif name in ("play", "bench"):
             how |= dict(nargs="?", const="")
         group.add_argument(f"--{flag(name)}", help=said, **how)
@@ -433,13 +447,16 @@ class Lock:
         """Give it back."""
         self.handle.close()
 
-    def check(self) -> None:
-        """UserError if the folder is another one by now: removed, or begun again by another process."""
+    def holds(self) -> bool:
+        """Whether the folder is not another one by now: removed, or begun again by another process."""
         try:
-            same = os.path.samestat(os.fstat(self.handle.fileno()), os.lstat(self.folder / "lock"))
+            return os.path.samestat(os.fstat(self.handle.fileno()), os.lstat(self.folder / "lock"))
         except OSError:
-            same = False
-        if not same:
+            return False
+
+    def check(self) -> None:
+        """UserError if it does not hold any more."""
+        if not self.holds():
             raise UserError(f"{self.folder}: was removed or replaced while this run used it; nothing more is written there")
 
 
@@ -539,12 +556,17 @@ def train_run(run: Run, lock: Lock | None, ranks: Ranks) -> None:
             save_checkpoint(folder, learner)        # before the first evaluation, which takes hours on a large model
         if lock:
             write_json(folder / "config.json", dataclasses.asdict(cfg))
+            if page := write_report(folder, alive=True):
+                say(f"report: {page}, written anew with every sample and evaluation; open it in a browser")
         try:
             if cfg.imitate and not learner.progress.milestones:
                 cold_start(learner, partial(record_evaluation, folder, learner) if lock else lambda played: None)
             consume(learner, folder, lock, Stop(ranks))
         except UserError as e:
             raise UserError(f"{e}; then go on with --resume {folder}") from e
+        finally:
+            if lock and lock.holds():
+                write_report(folder, alive=False)
         if lock:
             say("\n".join(filter(None, [ranks.report(), metrics.results_block(folder, load_results(folder))])))
     except OSError as e:
@@ -567,6 +589,7 @@ def evaluate_run(run: Run, lock: Lock | None, ranks: Ranks, with_skills: bool) -
         add_result(run.folder, result | dict(checkpoint=run.checkpoint.name, iteration=int(run.checkpoint.name.split("-")[0])))
         for line in (*metrics.lost_games(played), metrics.result_line(result), *metrics.kind_lines(result)):
             say(line)
+        write_report(run.folder, alive=False)
 
 
 def act(chosen: argparse.Namespace, given: dict[str, Any], held: ExitStack, ranks: Ranks) -> None:

@@ -858,7 +858,7 @@ def test_text_of_others_does_not_drive_the_terminal(copied_run, capsys):
 
 
 def test_all_that_is_printed_goes_through_one_door():
-    for name in ("run", "siri", "policy", "tools.files", "tools.metrics", "tools.play", "tools.report", "tools.settings"):
+    for name in ("run", "siri", "policy", "tools.files", "tools.metrics", "tools.play", "tools.report", "tools.compare", "tools.settings"):
         tree = ast.parse((HERE / f"{name.replace('.', '/')}.py").read_text())
         calls = [ast.unparse(n) for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func) in ("print", "tqdm.write")]
         assert calls == [], name

@@ -7,11 +7,13 @@ import doctest
 import html
 import importlib
 import io
+import itertools
 import json
 import math
 import os
 import re
 import shlex
+import shutil
 import subprocess
 from functools import lru_cache
 from html.parser import HTMLParser
@@ -29,8 +31,8 @@ import skills
 from conftest import CHATML, HERE, config, learner_of, new_bank, slow, stranger_config, write_model
 from conftest import metrics as run_metrics
 from policy import Policy, UserError
-from run import ACTIONS, add_result, append_metrics, main, parse_arguments, save_sample
-from tools import bench, figures, imitation, metrics, probe, report
+from run import ACTIONS, add_result, append_metrics, main, parse_arguments, save_sample, write_report
+from tools import bench, compare, figures, imitation, metrics, probe, report
 from tools import play as terminal
 from tools.files import latest_checkpoint, read_json, write_json
 from tools.metrics import wilson
@@ -259,7 +261,7 @@ def test_the_report_shows_advantage_and_weight_of_every_token(reported):
     samples = page[page.index('<section id="samples">'):page.index('<section id="config">')]
     assert re.findall(r'<b style="--w:([\d.]+)">([^<]*)</b>', samples)[1:] == [
         ("0.75", word) for word in ("go", "to", "desk", "1")]              # the first is the legend's
-    assert re.findall(r'<span class="(pos|neg)" style="--a:([\d.]+)"><', samples) == [("pos", "1.00"), ("neg", "0.50")] * 2
+    assert re.findall(r'<span class="(pos|neg)" style="--a:([\d.]+)">&lt;', samples) == [("pos", "1.00"), ("neg", "0.50")] * 2
     assert samples.index("Plain prompt: success, 2 steps") < samples.index("With the skill <q>when the task needs pen")
     assert samples.count("failure, 2 steps") == 1
     assert "advantage +1.50, reward 10; distilled: 4 of 10 tokens, weight 0.75" in outline.text
@@ -292,8 +294,9 @@ def test_a_sample_holds_the_weights_of_the_actions_that_pass_the_gate(reported):
     assert weights(plain) == [[0.0] * 10, [0.0] * 7]
 
 
-def test_the_report_is_one_accessible_page(reported):
-    page, outline = written(reported)
+def is_one_accessible_page(page, least):
+    """Checks of a page that needs no other, with so many figures at least."""
+    outline = Outline(page)
     assert outline.faults == []
     assert outline.all("html", lang="en") and outline.all("meta", name="viewport")
     assert not {tag for tag, _ in outline.elements} & {"script", "link", "img", "iframe", "object", "form", "base"}
@@ -302,7 +305,7 @@ def test_the_report_is_one_accessible_page(reported):
     ids = [a["id"] for _, a in outline.elements if "id" in a]
     assert len(ids) == len(set(ids)) and {a["href"][1:] for a in outline.all("a")} <= set(ids)
     figures_ = outline.all("svg", role="img")
-    assert len(figures_) == len(outline.all("figure")) > 8
+    assert len(figures_) == len(outline.all("figure")) > least
     for svg in figures_:
         assert len(svg["aria-labelledby"].split()) == 2 and set(svg["aria-labelledby"].split()) <= set(ids)
     assert all(a.get("aria-hidden") == "true" for a in outline.all("svg") if "role" not in a)
@@ -310,7 +313,160 @@ def test_the_report_is_one_accessible_page(reported):
     assert all(a.get("scope") in ("col", "row") for a in outline.all("th"))
     levels = [int(tag[1]) for tag, _ in outline.elements if re.fullmatch("h[1-6]", tag)]
     assert levels[0] == 1 and levels.count(1) == 1 and all(b <= a + 1 for a, b in zip(levels, levels[1:]))
+
+
+def test_the_report_is_one_accessible_page(reported):
+    page, _ = written(reported)
+    is_one_accessible_page(page, 8)
     assert page == written(reported)[0]                                    # the same files, the same bytes
+
+
+def test_the_report_of_a_live_run_says_so_and_loads_itself_anew(reported):
+    assert 'http-equiv="refresh"' not in written(reported)[0]
+    page = write_report(reported, alive=True).read_text()
+    assert '<meta http-equiv="refresh" content="60">' in page and re.search(r"alive, as of \d{4}-\d\d-\d\d \d\d:\d\d:\d\d", page)
+    is_one_accessible_page(page, 8)
+
+
+@pytest.mark.parametrize("fault", [UserError("results.json: no"), KeyError("a\nfault"), MemoryError()])
+def test_a_fault_in_the_report_ends_no_run(reported, monkeypatch, capsys, fault):
+    def fails(folder):
+        raise fault
+
+    monkeypatch.setattr(report, "read_results", fails)
+    assert write_report(reported, alive=True) is None and not (reported / "report.html").exists()
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1 and f"warning: the report is not written ({type(fault).__name__}" in out
+
+
+def test_a_run_keeps_its_report_and_says_so_once(runs):
+    for cwd in runs:
+        page = (cwd / "runs/x/report.html").read_text()
+        assert "State finished" in Outline(page).text and "refresh" not in page
+        columns = dict.fromkeys(run_metrics(cwd)[0])
+        assert all(f"<h3>{title}</h3>" in page for column, title, _ in report.CURVES if column in columns) and "sampler_gap" in columns
+        assert page.count("<details open><summary><h3>Iteration ") == 1 and "All " in page
+    assert (runs[0] / "out.txt").read_text().count("report: runs/x/report.html") == 1
+
+
+def test_the_report_of_an_old_run_leaves_out_what_it_did_not_record(tmp_path):
+    """The run in assets/ has no column of the sampler's gap; the one that is made here lacks more."""
+    folder = tmp_path / "old"
+    shutil.copytree(HERE / "assets/tiny-run", folder)
+    page, outline = written(folder)
+    assert "Gradient norm: 0.0211 at iteration 0" in outline.text and "All 8 samples of the run" in outline.text
+    assert page.count("<summary><h3>Iteration ") == 8
+    head, *lines = [line.split(",") for line in (folder / "metrics.csv").read_text().splitlines()]
+    kept = [k for k, name in enumerate(head) if name not in ("grad_norm", "clip_fraction", "zero_signal_groups", "solved_tasks")]
+    (folder / "metrics.csv").write_text("".join(",".join(line[k] for k in kept) + "\n" for line in [head, *lines]))
+    page, outline = written(folder)
+    assert "Gradient norm" not in page and "Solved tasks" not in page and "KL to the base model" in page and outline.faults == []
+
+
+def test_samples_that_are_too_many_are_thinned_evenly(reported, monkeypatch):
+    """Ten of one size on a page with room for four and a half: every third, up to the last."""
+    data = read_json(reported / "samples/0005.json")
+    for k in range(10):
+        write_json(reported / f"samples/{k:04d}.json", data | dict(iteration=10 + k))
+    size = (reported / "samples/0000.json").stat().st_size
+    monkeypatch.setattr(report, "SAMPLES_MIB", 4.5 * size / 2**20)
+    page, outline = written(reported)
+    assert re.findall(r"<h3>Iteration (\d+), ", page) == ["10", "13", "16", "19"]
+    assert "4, evenly spread, of the 10 samples of the run" in outline.text
+
+
+def test_the_timeline_has_every_skills_life(reported):
+    """Iterations 2 to 5, so that a fourth of the axis is one: promoted at 3, retired at 4, born at 2 and no more."""
+    page, _ = written(reported)
+    drawn = page[page.index('aria-labelledby="livest'):]
+    drawn = drawn[:drawn.index("</svg>")]
+    at = lambda x: 42 + (318 - 42) * (x - 2 + 0.5) / 4
+    rows = [[(style, float(a), float(b)) for style, a, b in re.findall(r'class="(s\d)"><path class="line" d="M([\d.]+) \d+H([\d.]+)"', row)]
+            for row in drawn.split("<title>when ")[1:]]
+    assert rows == [[("s0", *map(pytest.approx, (at(2), at(3)))), ("s1", *map(pytest.approx, (at(3), at(5))))],
+                    [("s0", *map(pytest.approx, (at(2), at(4)))), ("s2", *map(pytest.approx, (at(4), at(4))))],
+                    [("s0", *map(pytest.approx, (at(2), at(5))))]]
+    assert re.findall(r'<text class="tag" x="358"[^>]*>([^<]*)<', drawn) == ["+0.25", "-0.38", "&ndash;"]
+
+
+def test_paired_tests_are_what_the_field_computes():
+    """McNemar by hand: 1 to 7, 2 (1 + 8) / 256. The interval: the example of Newcombe (1998), method 10; and swapped."""
+    assert compare.mcnemar(1, 7) == 18 / 256 and compare.mcnemar(5, 5) == 1 and compare.mcnemar(0, 0) == 1
+    assert compare.mcnemar(0, 6000) == 0 and compare.mcnemar(3000, 3000) == 1             # no overflow
+    assert compare.paired_difference(20, 2, 12, 16) == pytest.approx((0.2, 0.0562, 0.3292), abs=5e-5)
+    assert compare.paired_difference(20, 12, 2, 16) == pytest.approx((-0.2, -0.3292, -0.0562), abs=5e-5)
+    for table in itertools.product(range(3), repeat=4):
+        if any(table):
+            d, low, high = compare.paired_difference(*table)
+            assert -1 - 1e-9 <= low <= d <= high <= 1 + 1e-9 and d == pytest.approx((table[2] - table[1]) / sum(table))
+    with pytest.raises(ValueError, match="no games"):
+        compare.paired_difference(0, 0, 0, 0)
+
+
+@pytest.fixture
+def other(reported):
+    """A second run of the same games: another variant, 90 games won where the first won 105, the first 30 lost, and no phase 1."""
+    folder = reported.with_name("other")
+    shutil.copytree(reported, folder)
+    write_json(folder / "config.json", read_json(reported / "config.json") | dict(variant="gigpo", lr=0.5, name="other"))
+    wins = {f"game {k}": k >= 30 for k in range(120)}
+    base, _, final = read_json(reported / "results.json")
+    write_json(folder / "results.json", [base, final | dict(successes=90, outcomes=wins)])
+    return folder
+
+
+def test_a_comparison_pairs_the_games_of_runs(reported, other, capsys):
+    """Won by the first alone 30, by the other alone 15 (games 105 to 119): p = 0.036; nothing differs on the base."""
+    assert main(["--report", str(reported), str(other)]) == 0
+    path = reported.parent / "comparison.html"
+    assert capsys.readouterr().out == f"{path}\n"
+    page = path.read_text(encoding="ascii")
+    is_one_accessible_page(page, 8)
+    text = Outline(page).text
+    (d, low, high), (_, _, same) = compare.paired_difference(75, 30, 15, 0), compare.paired_difference(21, 0, 0, 99)
+    assert f"final other 120 30 15 {d:+.3f} [{low:+.3f}, {high:+.3f}] 0.0357 " in text and d == -0.125
+    assert f"base other 120 0 0 +0.000 [-{same:.3f}, +{same:.3f}] 1 " in text and "phase 1 with skills other" not in text
+    assert "lr 0.002 0.5 variant siri gigpo" in text and re.search(r"The other \d+ are the same", text)
+    assert "finished: 0 at environment step 500, 0.625 at 3,000" in text and "other: 0 at second 60, 0.625 at 360" in text
+    assert "finished: 0.175 at environment step 0, 0.875 at 3,000" in text           # evaluations, at what they cost
+
+
+def test_a_comparison_says_why_there_is_no_test(reported, other):
+    results = read_json(other / "results.json")
+    results[0]["outcomes"] = {f"another {game}": won for game, won in results[0]["outcomes"].items()}
+    results[1] |= dict(outcomes={"game 0": True, "game 119": True, "game x": True}, settings=dict(max_steps=5, seed=0))
+    write_json(other / "results.json", results)
+    first = read_json(reported / "results.json")
+    first[2] |= dict(settings=dict(max_steps=9, seed=0))
+    write_json(reported / "results.json", first)
+    text = Outline(compare.page([reported, other])).text
+    assert "base other other games (alfworld valid_seen, 120 games; alfworld valid_seen, 120 games): no paired test" in text
+    assert "final other 2 of 120; not the same max_steps 0 1 +0.500 [" in text
+    append_metrics(other, metrics_row(6, 2, seconds=math.nan, env_steps=1e300))              # no axis reaches there
+    assert "0.625 at 3,000" in Outline(compare.page([reported, other])).text
+    write_json(other / "results.json", [])
+    assert "No other run has an evaluation that finished has: no paired test" in Outline(compare.page([reported, other])).text
+    for name in ("results.json", "metrics.csv"):
+        (other / name).unlink()
+        (reported / name).unlink()
+    text = Outline(compare.page([reported, other])).text
+    assert "Nothing has been evaluated yet" in text and "not finished" in text and "No finite value" in text
+
+
+def test_a_comparison_of_what_cannot_be_compared_is_refused(reported, tmp_path):
+    for folders, said in (([reported, reported / ".." / "finished"], "given twice"), ([reported, tmp_path / "none"], "none/config.json"),
+                          ([tmp_path / str(k) for k in range(9)], "at most 8")):
+        with pytest.raises(UserError, match=said):
+            compare.page(folders)
+
+
+def test_a_comparison_takes_no_file_of_others(reported, other, capsys):
+    page = reported.parent / "comparison.html"
+    page.write_text("mine")
+    assert main(["--report", str(reported), str(other)]) == 2
+    assert "comparison.html: is another file; move it away" in capsys.readouterr().err and page.read_text() == "mine"
+    page.unlink()
+    assert [main(["--report", str(reported), str(other)]) for _ in range(2)] == [0, 0]
 
 
 def test_colours_of_the_report_can_be_read():
@@ -353,6 +509,11 @@ def test_text_of_a_run_stays_text_in_its_report(reported):
     for text in ("put a pen in shelf", "You see a pen 1.", "the task needs pen", "look on the desk first", "assets/tiny",
                  "finished", "pick_and_place_simple", "game 0", "household0-0/train/1", "alfworld valid_seen, 120 games", "desk"):
         assert shown + text in outline.text, text
+    twin = reported.with_name(f"<b>{reported.name}")
+    shutil.copytree(reported, twin)
+    outline = Outline(compare.page([reported, twin]))
+    assert outline.faults == [] and not outline.all("b") and not outline.all("img") and "script" not in dict(outline.elements)
+    assert "<b>finished" in outline.text and shown + "desk" not in outline.text
 
 
 @pytest.mark.parametrize("missing, said", [
@@ -380,6 +541,7 @@ def test_a_report_of_warm_up_and_of_values_that_are_not_numbers(reported):
     assert "There are no skills to show: the run is in warm-up" in outline.text
     assert "No finite value in this run" in outline.text                   # KL
     assert "Entropy: 0.5 at iteration 0." in outline.text                  # the infinite one is a gap
+    assert figures.chart("x", "x", "x", [figures.Series("x", [(0, 0.0, 0, 0)])], [], (0, 1)).count(">0.2</text>") == 1     # all 0: 0 to 1
     assert "results.json is missing or empty" in outline.text and outline.faults == []
     with (reported / "metrics.csv").open("a") as f:
         f.write("2,0,180.0,15")                                            # a crash in mid-line
@@ -421,7 +583,7 @@ def test_a_report_of_foreign_files_is_a_line_that_names_the_file(reported, name,
 
 
 @slow
-def test_the_report_fits_a_phone_and_a_desk(reported, tmp_path):
+def test_the_report_fits_a_phone_and_a_desk(reported, other, tmp_path):
     """In a browser: no page scrolls sideways with every part unfolded, light or dark, and print unfolds what screens fold."""
     browser = os.environ.get("SIRI_CHROMIUM")
     if not browser:
@@ -430,7 +592,7 @@ def test_the_report_fits_a_phone_and_a_desk(reported, tmp_path):
     data["episodes"][0]["steps"][0]["observation"] = "x" * 3000             # nothing to break at
     write_json(reported / "samples/0005.json", data)
     page = written(reported)[0]
-    frames = "".join(f'<iframe width="{w}" height="900" srcdoc="{html.escape(page)}"></iframe>' for w in (390, 1280))
+    frames = "".join(f'<iframe width="{w}" height="900" srcdoc="{html.escape(page)}"></iframe>' for page in (page, compare.page([reported, other])) for w in (390, 1280))
     probe = tmp_path / "probe.html"
     probe.write_text(f"""<!DOCTYPE html><body>{frames}<pre></pre><script>onload = () => {{
         document.querySelector("pre").textContent = JSON.stringify([...document.querySelectorAll("iframe")].map(f => {{
@@ -443,9 +605,8 @@ def test_the_report_fits_a_phone_and_a_desk(reported, tmp_path):
     dom = subprocess.run([*command, "--dump-dom", probe.as_uri()], capture_output=True, text=True, timeout=60, check=True).stdout
     measured = json.loads(html.unescape(re.search(r"<pre>(\[\[.*?\]\])</pre>", dom)[1]))
     charts = page.count('class="chart"')
-    for width, content, folded, drawn in measured:
-        assert content <= width and folded >= 4 and drawn >= charts
-    assert [m[0] for m in measured] == [390, 1280]
+    assert all(content <= width for width, content, *_ in measured) and [m[0] for m in measured] == [390, 1280] * 2
+    assert all(folded >= 4 and drawn >= charts for *_, folded, drawn in measured[:2])
     subprocess.run([*command, f"--print-to-pdf={tmp_path / 'page.pdf'}", (reported / "report.html").as_uri()], timeout=60,
                    capture_output=True, check=True)
     assert (tmp_path / "page.pdf").read_bytes().startswith(b"%PDF")
@@ -588,7 +749,7 @@ COMMANDS = [line.strip() for page in PAGES for block in re.findall(r"```bash\n(.
 MODULES = ("gigpo", "skills", "distill", "envs", "decode", "ranks", "policy", "siri", "run")
 
 
-@pytest.mark.parametrize("module", [gigpo, distill, skills, envs, ranks, siri, metrics, figures], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [gigpo, distill, skills, envs, ranks, siri, metrics, figures, compare], ids=lambda module: module.__name__)
 def test_examples_in_docstrings_run(module):
     result = doctest.testmod(module)
     assert result.attempted > 0 and result.failed == 0
@@ -623,7 +784,7 @@ def imports_of(path):
 def test_every_room_imports_only_what_is_below_it():
     """No circle: the method knows neither run nor tools, the policy no SIRI, the mathematics nothing of the house."""
     floors = [{"gigpo", "skills", "distill", "envs", "decode", "ranks"}, {"policy"}, {"siri"}, {"tools.metrics", "tools.files", "tools.check"},
-              {"tools.settings"}, {"tools.report", "tools.play", "tools.bench", "tools.probe", "tools.imitation"}, {"run"}]
+              {"tools.settings"}, {"tools.report", "tools.play", "tools.bench", "tools.probe", "tools.imitation"}, {"tools.compare"}, {"run"}]
     below = {"tools.figures", "tools.oracle", "tools.terminal", "tools.limits"}                               # of which nothing of the house is used but envs
     for floor in floors:
         for name in floor:

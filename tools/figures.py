@@ -1,7 +1,7 @@
-"""HTML for a page that needs nothing else: escaped text, tables, folding parts, one kind of chart, and the style of it all.
+"""HTML for a page that needs nothing else: escaped text, tables, folding parts, a chart, a timeline, and the style of it all.
 
-Knows nothing of runs; `report.py` says what to show. What is returned is HTML, and so are the arguments (names, captions,
-titles, cells, bodies): what comes from a run goes through `esc` first.
+Knows nothing of runs; `report.py` and `compare.py` say what to show. What is returned is HTML, and so are the arguments
+(names, captions, titles, cells, bodies): what comes from a run goes through `esc` first.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def folded(summary: str, body: str, state: str = "") -> str:
     return f"{start}<summary>{summary}</summary>{body}</details>\n"
 
 
-# ---- 2. The chart --------------------------------------------------------------------------------------------
+# ---- 2. Chart and timeline --------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
@@ -90,41 +90,81 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
     return [round(k * step, 12) for k in range(math.floor(low / step), math.ceil((low + span) / step - 1e-9) + 1)]
 
 
+LEFT, RIGHT, TOP = 42, 350, 34                              # of the plot, in SVG units
+
+
+def across(x_range: tuple[float, float], right: float = RIGHT) -> Callable[[float], float]:
+    """Where a value stands on the horizontal axis, in SVG units. At either end half of one is left free, or a fortieth of all."""
+    free = max(0.5, (x_range[1] - x_range[0]) / 40)
+    return lambda v: LEFT + (right - LEFT) * (v - x_range[0] + free) / (x_range[1] - x_range[0] + 2 * free)
+
+
+def x_axis(at_x: Callable[[float], float], x_range: tuple[float, float], bottom: float, unit: str) -> list[str]:
+    """Whole numbers below the plot, fewer where they are long, and what they count."""
+    numbers = ticks(x_range[0], max(x_range[1], x_range[0] + 1), 8 if x_range[1] < 10000 else 4)
+    return [f'<text x="{at_x(t):.1f}" y="{bottom + 13}" text-anchor="middle">{number(t)}</text>'
+            for t in numbers if t == int(t) and x_range[0] <= t <= x_range[1]] + [
+            f'<text x="{RIGHT}" y="{bottom + 26}" text-anchor="end">{unit}</text>']
+
+
+def mark_lines(at_x: Callable[[float], float], marks: Iterable[tuple[float, str]], bottom: float) -> list[str]:
+    """Labelled vertical lines; a label that would touch the last goes on the other line."""
+    out, lane, free = [], 0, 0.0
+    for x, label in sorted((at_x(x), label) for x, label in marks):
+        lane, flip = (0 if x >= free else 1 - lane), x + 6 * len(label) > RIGHT + 8
+        free = max(free, x + 6 * len(label) + 8)
+        out.append(f'<path class="mark" d="M{x:.1f} {4 + 13 * lane}V{bottom}"/><text class="tag" y="{12 + 13 * lane}" '
+                   f'x="{x + (-3 if flip else 3):.1f}"{" text-anchor=end" * flip}>{label}</text>')
+    return out
+
+
+def swatch(style: int, name: str, line: bool = True) -> str:
+    """An entry of a legend."""
+    return (f'<li><svg class="swatch {tone(style)}" viewBox="0 0 30 12" aria-hidden="true">'
+            f'{"<path class=line d=M1,6H29 />" * line}{marker(style, 15, 6, r=3)}</svg>{name}</li>')
+
+
+def tone(style: int) -> str:
+    """The classes of a style: four colours with their dashes, and from the fifth on the same with hollow markers."""
+    return f"s{style % 4}" + " hollow" * (style >= 4)
+
+
+def figure(name: str, title: str, what: str, height: float, drawing: Iterable[str], legend: Sequence[str], words: str,
+           level: str = "h3", kind: str = "plot") -> str:
+    """A drawing 360 units wide, so that a phone shows its text at full size, with its legend and the same in words. `kind` is its
+    class."""
+    return (f'<figure class="{kind}"><{level}>{title}</{level}>\n<svg class="chart" viewBox="0 0 360 {height:g}" role="img" '
+            f'aria-labelledby="{name}t {name}d"><title id="{name}t">{title}</title><desc id="{name}d">{what}. '
+            f'The caption has the main values.</desc>\n{"".join(drawing)}</svg>\n'
+            f'{"".join(["<ul class=legend>", *legend, "</ul>"]) if legend else ""}\n'
+            f"<figcaption>{words}</figcaption></figure>\n")
+
+
 def chart(name: str, title: str, what: str, series: Sequence[Series], marks: Iterable[tuple[float, str]],
           x_range: tuple[float, float], *, y: tuple[float, float] | None = None, height: int = 200,
-          level: str = "h3") -> str:
-    """A figure over iterations: SVG, legend, and the same in words. `name` is its id, `marks` are labelled vertical lines.
+          level: str = "h3", unit: str = "iteration") -> str:
+    """A figure of series over iterations, or what `unit` names. `name` is its id, `marks` are labelled vertical lines.
 
-    Series differ in colour, dash and marker. 360 units wide, so that a phone shows its text at full size. `marks` are
-    (iteration, label); `y` is the axis's range, else that of the values and 0.
+    Series differ in colour, dash and marker. `marks` are (iteration, label); `y` is the axis's range, else that of the values
+    and 0.
     """
     drawn = [(k, s, [p for p in s.points if finite(p[1])]) for k, s in enumerate(series)]
     drawn = [item for item in drawn if item[2]]
     if not drawn:
         return f"<figure><{level}>{title}</{level}><p>No finite value in this run.</p></figure>\n"
     ends = [0.0, *(v for _, _, points in drawn for p in points for v in p[1:] if finite(v))]
-    y_ticks = ticks(*(y or (min(ends), max(ends))), most=5 if height > 150 else 2)
-    x_ticks = [t for t in ticks(x_range[0], max(x_range[1], x_range[0] + 1), 8)
-               if t == int(t) and x_range[0] <= t <= x_range[1]]
-    left, right, top, bottom, low, high = 42, 350, 34, height - 30, y_ticks[0], y_ticks[-1]
-    at_x = lambda v: left + (right - left) * (v - x_range[0] + 0.5) / (x_range[1] - x_range[0] + 1)
-    at_y = lambda v: bottom - (bottom - top) * (min(max(v, low), high) - low) / (high - low)
+    y_ticks = ticks(*(y or (min(ends), max(ends) if any(ends) else 1)), most=5 if height > 150 else 2)
+    bottom, low, high, at_x = height - 30, y_ticks[0], y_ticks[-1], across(x_range)
+    at_y = lambda v: bottom - (bottom - TOP) * (min(max(v, low), high) - low) / (high - low)
     path = lambda spots: " ".join(f"{a:.1f},{b:.1f}" for a, b in spots)
-    out = [f'<path class="grid" d="M{left} {at_y(t):.1f}H{right}"/><text x="{left - 5}" y="{at_y(t) + 3.5:.1f}" '
+    out = [f'<path class="grid" d="M{LEFT} {at_y(t):.1f}H{RIGHT}"/><text x="{LEFT - 5}" y="{at_y(t) + 3.5:.1f}" '
            f'text-anchor="end">{number(t)}</text>' for t in y_ticks]
-    out += [f'<text x="{at_x(t):.1f}" y="{bottom + 13}" text-anchor="middle">{number(t)}</text>' for t in x_ticks]
-    out.append(f'<text x="{right}" y="{height - 4}" text-anchor="end">iteration</text>')
-    lane, free = 0, 0.0                                     # a label that would touch the last goes on the other line
-    for x, label in sorted((at_x(x), label) for x, label in marks):
-        lane, flip = (0 if x >= free else 1 - lane), x + 6 * len(label) > right + 8
-        free = max(free, x + 6 * len(label) + 8)
-        out.append(f'<path class="mark" d="M{x:.1f} {4 + 13 * lane}V{bottom}"/><text class="tag" y="{12 + 13 * lane}" '
-                   f'x="{x + (-3 if flip else 3):.1f}"{" text-anchor=end" * flip}>{label}</text>')
-    legend, words = [], []
+    out += x_axis(at_x, x_range, bottom, unit) + mark_lines(at_x, marks, bottom)
+    words = []
     for k, s, points in drawn:
         shift = 4 * (k - (len(series) - 1) / 2) * s.bars    # bars of one iteration stand side by side
         spot = lambda p: (at_x(p[0]) + shift, at_y(p[1]))
-        out.append(f'<g class="s{k % 4}">')
+        out.append(f'<g class="{tone(k)}">')
         if s.bars:
             out += [f'<path class="bar" d="M{spot(p)[0]:.1f} {at_y(p[2]):.1f}V{at_y(p[3]):.1f}"/>'
                     for p in points if finite(p[2])]
@@ -133,19 +173,43 @@ def chart(name: str, title: str, what: str, series: Sequence[Series], marks: Ite
             out.append(f'<polygon class="band" points="{path((at_x(a), at_y(b)) for a, b in edge)}"/>')
         for part in runs(s.points, lambda p: s.line and finite(p[1])):
             out.append(f'<polyline class="line" points="{path(map(spot, part))}"/>')
-        out += [f"<g><title>{s.name}, iteration {p[0]:g}: {number(p[1])}</title>{marker(k, *spot(p))}</g>" for p in points]
+        out += [f"<g><title>{s.name}, {unit} {number(p[0])}: {number(p[1])}</title>{marker(k, *spot(p))}</g>" for p in points]
         out.append("</g>")
-        legend.append(f'<li><svg class="swatch s{k % 4}" viewBox="0 0 30 12" aria-hidden="true">'
-                      f'{"<path class=line d=M1,6H29 />" * s.line}{marker(k, 15, 6, r=3)}</svg>{s.name}</li>')
         values = [p[1] for p in points]
-        words.append(f"{s.name}: {number(values[0])} at iteration {points[0][0]:g}" + (
-            f", {number(values[-1])} at {points[-1][0]:g}; lowest {number(min(values))}, highest {number(max(values))}"
+        words.append(f"{s.name}: {number(values[0])} at {unit} {number(points[0][0])}" + (
+            f", {number(values[-1])} at {number(points[-1][0])}; lowest {number(min(values))}, highest {number(max(values))}"
             if len(points) > 1 else ""))
-    return (f'<figure><{level}>{title}</{level}>\n<svg class="chart" viewBox="0 0 360 {height}" role="img" '
-            f'aria-labelledby="{name}t {name}d"><title id="{name}t">{title}</title><desc id="{name}d">{what}. '
-            f'The caption has the main values.</desc>\n{"".join(out)}</svg>\n'
-            f'{"".join(["<ul class=legend>", *legend, "</ul>"]) if len(series) > 1 else ""}\n'
-            f'<figcaption>{f"{what}. " if level == "h3" else ""}{". ".join(words)}.</figcaption></figure>\n')
+    return figure(name, title, what, height, out, [swatch(k, s.name, s.line) for k, s, _ in drawn] if len(series) > 1 else [],
+                  f"{f'{what}. ' if level == 'h3' else ''}{'. '.join(words)}.", level)
+
+
+@dataclasses.dataclass
+class Life:
+    """A row of a timeline: stretches of (start, end, style), a label to the left, one to the right, and a name in full."""
+    tag: str
+    value: str
+    name: str
+    stretches: list[tuple[float, float, int]]
+
+
+def timeline(name: str, title: str, what: str, lives: Sequence[Life], styles: Sequence[str], head: str,
+             marks: Iterable[tuple[float, str]], x_range: tuple[float, float]) -> str:
+    """A figure with a row for each life: every stretch begins with a marker, and one without length is the marker alone.
+    `styles` are the names of the styles of stretches, `head` is what the labels to the right are."""
+    row, end = 14, RIGHT - 32
+    bottom, at_x = TOP + row * len(lives), across(x_range, end)
+    out = [f'<text x="{RIGHT + 8}" y="{TOP - 6}" text-anchor="end">{head}</text>']
+    out += x_axis(at_x, x_range, bottom, "iteration") + mark_lines(at_x, marks, bottom)
+    for place, life in enumerate(lives):
+        y = TOP + row * (place + 0.5)
+        out.append(f'<g><title>{life.name}</title><path class="grid" d="M{LEFT} {y + row / 2:g}H{RIGHT + 8}"/>'
+                   f'<text x="{LEFT - 8}" y="{y + 3.5:g}" text-anchor="end">{life.tag}</text>'
+                   f'<text class="tag" x="{RIGHT + 8}" y="{y + 3.5:g}" text-anchor="end">{life.value}</text>')
+        out += [f'<g class="{tone(style)}"><path class="line" d="M{at_x(a):.1f} {y:g}H{at_x(b):.1f}"/>'
+                f"{marker(style, at_x(a), y, r=3)}</g>" for a, b, style in life.stretches]
+        out.append("</g>")
+    return figure(name, title, what, bottom + 30, out, [swatch(k, style) for k, style in enumerate(styles)], f"{what}.",
+                  kind="lives")
 
 
 # ---- 3. The style --------------------------------------------------------------------------------------------
@@ -175,6 +239,8 @@ figure { margin: 0; min-width: 0; } .chart { width: 100%; height: auto; display:
 .s3 { --c: var(--s3); --dash: 8 3 2 3; } g[class], .swatch { fill: var(--c); }
 .band { fill-opacity: .2; stroke: var(--c); stroke-opacity: .2; }
 .line, .bar { fill: none; stroke: var(--c); stroke-width: 1.6; } .line { stroke-dasharray: var(--dash, none); }
+.hollow circle, .hollow path:not(.line, .bar, .mark) { fill: var(--bg); stroke: var(--c); }
+.lives { max-width: 560px; } .lives .line { stroke-dasharray: none; } .lives .s1 .line { stroke-width: 5; }
 .legend { list-style: none; margin: 0; padding: 0; display: flex; flex-wrap: wrap; gap: 0 1rem; font-size: .85rem; }
 .swatch { width: 30px; height: 12px; margin-right: .4rem; }
 .box { overflow-x: auto; margin: .75rem 0; overflow-wrap: normal; } table { border-collapse: collapse; font-size: .9rem; }

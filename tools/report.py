@@ -1,4 +1,5 @@
-"""The report of a run: `python siri.py --report runs/NAME` writes runs/NAME/report.html, one page that needs no other.
+"""The report of a run, runs/NAME/report.html: one page that needs no other. A run writes it anew at every sample and every
+evaluation, and at its end; `python siri.py --report runs/NAME` does so at any time.
 
 It shows what the files of the run folder say, and nothing that they don't: config.json, metrics.csv, results.json,
 skills.json and samples/*.json. What a run does not have yet is named as missing; a file that siri.py did not write is a
@@ -13,6 +14,7 @@ import dataclasses
 import io
 import itertools
 import math
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -22,23 +24,31 @@ import skills
 from policy import UserError
 from siri import PHASES, Config
 from skills import ANYTHING, COUNT, FLAG, NUMBER, TEXT, Form, misfit
-from tools.figures import STYLE, Series, chart, esc, finite, folded, number, table
+from tools.figures import STYLE, Life, Series, chart, esc, finite, folded, number, table, timeline
 from tools.files import RESULTS, load_bank, read_json, refuse_links, write_text
 from tools.metrics import wilson
-from tools.terminal import say
 
 FLOAT = Form(lambda x: type(x) is float or NUMBER.holds(x), "a number")        # nan where there was nothing to average
-STEP = dict(observation=TEXT, text=TEXT, pieces=[TEXT], weights=[FLOAT], reward=FLOAT, advantage=FLOAT, valid=FLAG)
+PIECES = Form(lambda x: isinstance(x, list) and all(map(TEXT.holds, x)), "a list of texts")            # of many: as a whole
+WEIGHTS = Form(lambda x: isinstance(x, list) and all(map(FLOAT.holds, x)), "a list of numbers")
+STEP = dict(observation=TEXT, text=TEXT, pieces=PIECES, weights=WEIGHTS, reward=FLOAT, advantage=FLOAT, valid=FLAG)
 EPISODE = dict(skill=Form(lambda x: x is None or isinstance(x, str), "a text or null"), success=FLAG, steps=[STEP])
 SAMPLE = dict(iteration=COUNT, phase=COUNT, task=TEXT, goal=TEXT, episodes=[EPISODE])
 CONFIG = {"env": TEXT, "preset": TEXT, "variant": TEXT, "seed": COUNT, ...: ANYTHING}
 COLUMNS = ("iteration", "phase", "success_plain", "n_plain", "success_skill", "n_skill")    # of every metrics.csv
-CURVES = (      # column of metrics.csv, heading, what it is
+CURVES = (      # column of metrics.csv, heading, what it is; an older run may lack some
     ("kl", "KL to the base model", "Nats per token, k3 estimate"),
     ("entropy", "Entropy", "Nats per token"),
+    ("grad_norm", "Gradient norm", "Before clipping, mean over the optimizer steps"),
+    ("clip_fraction", "Clipped tokens", "Share of tokens whose ratio left the clip range"),
+    ("zero_signal_groups", "Groups without a signal", "Number of groups whose advantages are all zero"),
+    ("mean_steps", "Steps per episode", "Mean number of actions in a rollout"),
     ("invalid_rate", "Invalid steps", "Share of the steps that held no admissible action"),
+    ("solved_tasks", "Solved tasks", "Distinct training tasks won with the plain prompt so far"),
     ("rollout_tokens_per_s", "Rollout speed", "Sampled tokens per second"),
     ("update_tokens_per_s", "Update speed", "Prompt and response tokens through forward and backward, per second"))
+SAMPLES_MIB = 8         # of sample files on the page at most: some thousands of steps, which a browser still shows at once
+RELOAD_S = 60           # after so long the page of a live run loads itself anew
 
 
 # ---- 1. Files in ---------------------------------------------------------------------------------------------
@@ -54,9 +64,11 @@ def read_results(path: Path) -> list[dict[str, Any]]:
 
 
 def read_samples(folder: Path) -> list[dict[str, Any]]:
-    """The samples in the order of their file names. UserError for data that siri.py did not write."""
-    samples = []
-    for path in sorted(folder.glob("*.json")):
+    """The samples in the order of their file names: all, or every second, every third ... up to the last, where they would
+    take more than `SAMPLES_MIB`. UserError for data that siri.py did not write."""
+    samples, paths = [], sorted(folder.glob("*.json"))
+    every = max(1, math.ceil(sum(path.stat().st_size for path in paths) / (SAMPLES_MIB * 2**20)))
+    for path in paths[::-1][::every][::-1]:
         samples.append(read_json(path, SAMPLE))
         if samples[-1]["phase"] not in range(3) or any(
                 len(s["pieces"]) != len(s["weights"]) for e in samples[-1]["episodes"] for s in e["steps"]):
@@ -104,20 +116,27 @@ def rate(part: dict[str, Any]) -> str:
     return f"{part['successes'] / part['n']:.3f} [{lo:.3f}, {hi:.3f}]" if part["n"] else "&ndash;"
 
 
-def header_section(name: str, cfg: dict[str, Any], rows: list[dict], results: list[dict]) -> str:
+def final_result(rows: list[dict], results: list[dict]) -> dict[str, Any] | None:
+    """The evaluation that ended the run; None while it has not ended, or goes on as it was granted more iterations."""
+    final = next((r for r in reversed(results) if r["label"] == "final"), None)
+    return None if final and rows and final["iteration"] < len(rows) else final
+
+
+def header_section(name: str, cfg: dict[str, Any], rows: list[dict], results: list[dict], alive: bool) -> str:
     """What the run is, how far it came, what it reached."""
     latest = results[-1] if results else {}
     notice = latest.get("notice") or ("A small generated world: its scores are not benchmark scores." if cfg.get("compact")
                                       else "The run did not record which data it played.")
     versions = latest.get("versions")
-    final = next((r for r in reversed(results) if r["label"] == "final"), None)
-    if final and rows and final["iteration"] < len(rows):           # granted more iterations, it goes on
-        final = None
+    final = final_result(rows, results)
+    state = "finished" if final else "not finished: running, or stopped"
+    if alive:
+        state = f"alive, as of {time.strftime('%Y-%m-%d %H:%M:%S %Z')}; this page loads itself anew every {RELOAD_S} s"
     facts = dict(
         Environment=cfg["env"], Preset=cfg["preset"], Variant=cfg["variant"], Seed=cfg["seed"],
         Model=cfg.get("model", "not recorded"),
         Versions=", ".join(f"{k} {v}" for k, v in versions.items()) if isinstance(versions, dict) else "not recorded",
-        State="finished" if final else "not finished: running, or stopped",
+        State=state,
         Iterations=f"{len(rows)}, the last in {PHASES[int(rows[-1]['phase'])]}" if rows else "none yet")
     if rows and {"env_steps", "seconds"} <= set(rows[-1]):
         facts["Training"] = f"{rows[-1]['env_steps']:,.0f} environment steps, {rows[-1]['seconds'] / 60:.1f} min"
@@ -128,10 +147,14 @@ def header_section(name: str, cfg: dict[str, Any], rows: list[dict], results: li
             "</header>\n")
 
 
+def phase_starts(rows: list[dict]) -> list[tuple[float, str]]:
+    """The first iteration of each phase, with its name."""
+    return [(x, PHASES[int(phase)]) for phase, x in {r["phase"]: r["iteration"] for r in reversed(rows)}.items()]
+
+
 def curves_section(rows: list[dict], results: list[dict], remark: str) -> str:
     """Every curve over iterations, and the numbers behind them as a table."""
-    firsts = {r["phase"]: r["iteration"] for r in reversed(rows)}
-    marks = [(x, PHASES[int(phase)]) for phase, x in firsts.items()]
+    marks = phase_starts(rows)
     x_range = (0, max([r["iteration"] for r in rows + results], default=0))
     out, kinds, band = [], ("plain", "skill"), "band: one standard error on either side"
 
@@ -160,18 +183,19 @@ def curves_section(rows: list[dict], results: list[dict], remark: str) -> str:
         draw("Score in training", f"Mean score of the rollouts, 0 to 1; {band}", [
             Series(k, column(f"score_{k}", lambda r, k=k: r.get(f"score_{k}_se", math.nan))) for k in kinds])
     for name, title, what in CURVES if rows else ():
-        draw(title, f"{what}; metrics.csv has no spread for it, so there is no band", [Series(title, column(name))],
-             (0, 1) if name == "invalid_rate" else None)
+        if name in rows[0]:
+            draw(title, what, [Series(title, column(name))], (0, 1) if name == "invalid_rate" else None)
     if rows and rows[-1]["phase"] > 0:
         draw("Skills in the bank", "Number of skills in each state",
              [Series(state, column(f"skills_{state}")) for state in skills.STATES], None)
-    columns = (*COLUMNS, "mean_steps", *(c for c, *_ in CURVES), "solved_tasks", "lam", "internal_rows")
+    columns = (*COLUMNS, *(c for c, *_ in CURVES), "lam", "internal_rows")
     columns = [c for c in columns if rows and c in rows[0]]
     cells = [[PHASES[int(r[c])] if c == "phase" else number(r[c]) for c in columns] for r in rows]
     cells = [[f"{r['iteration']:.0f}", *line[1:]] for r, line in zip(rows, cells)]
     full = folded(f"The same numbers as a table (iterations: {len(rows)})",
                   table("Metrics by iteration", [c.replace("_", " ") for c in columns], cells))
-    return section("curves", "Curves", f"<p>{remark}</p>" if remark else "", f'<div class="grid3">{"".join(out)}</div>\n',
+    bands = "A curve without a band is of a figure for which metrics.csv has no spread." if rows else ""
+    return section("curves", "Curves", f"<p>{remark} {bands}</p>", f'<div class="grid3">{"".join(out)}</div>\n',
                    full if rows else "")
 
 
@@ -200,32 +224,60 @@ def results_section(results: list[dict]) -> str:
                           table("Every task, won or lost", ["task", *columns], by_game), "long"))
 
 
-def skill_card(bank: skills.SkillBank, skill: skills.Skill, x_range: tuple[float, float]) -> str:
-    """One skill and its history. Its past states are what the bank's rules (S6) give for its effects, recorded again."""
-    twin = skills.Skill(skill.id, skill.condition, skill.strategy, skill.born, skill.source)
-    replay = dataclasses.replace(bank, skills=[twin], rejected=Counter())
-    changes, utility = [(skill.born, "candidate")], []
-    for iteration, delta in skill.effects:
-        if replay.record(twin, delta, iteration) != changes[-1][1]:
-            changes.append((iteration, twin.state))
-        value, error = twin.utility(bank.kappa), twin.stderr(bank.kappa)
-        error = math.nan if error is None else error
-        utility.append((iteration, value, value - error, value + error))
-    error = skill.stderr(bank.kappa)
+@dataclasses.dataclass
+class History:
+    """A skill's states, each with the iteration of its change, and its utility with the standard error after each effect: what the
+    bank's rules (S6) give for its effects, recorded again."""
+    changes: list[tuple[int, str]]
+    utility: list[tuple[float, float, float, float]]
+
+    @classmethod
+    def of(cls, bank: skills.SkillBank, skill: skills.Skill) -> History:
+        """Recorded in a bank of its own."""
+        twin = skills.Skill(skill.id, skill.condition, skill.strategy, skill.born, skill.source)
+        replay, told = dataclasses.replace(bank, skills=[twin], rejected=Counter()), cls([(skill.born, "candidate")], [])
+        for iteration, delta in skill.effects:
+            if replay.record(twin, delta, iteration) != told.changes[-1][1]:
+                told.changes.append((iteration, twin.state))
+            value, error = twin.utility(bank.kappa), twin.stderr(bank.kappa)
+            error = math.nan if error is None else error
+            told.utility.append((iteration, value, value - error, value + error))
+        return told
+
+
+def skill_card(bank: skills.SkillBank, skill: skills.Skill, history: History, x_range: tuple[float, float]) -> str:
+    """One skill and its history."""
+    changes, error = history.changes, skill.stderr(bank.kappa)
     spread = "no standard error before 2 pairs" if error is None else f"&plusmn; {error:.2f} s.e."
     effects = [(x, delta, math.nan, math.nan) for x, delta in skill.effects]
-    figure = chart(f"skill{skill.id}", f"Effect of skill {skill.id}", "Paired effects, and the utility with its standard error",
-                   [Series("utility", utility), Series("paired effects", effects, line=False)], changes, x_range, y=(-1, 1),
-                   height=150, level="h4") if skill.n else "<p>Not yet tried in a pair.</p>"
-    doubt = f"<p>The file says {skill.state}, but these effects lead to {twin.state}.</p>" * (twin.state != skill.state)
+    drawn = chart(f"skill{skill.id}", f"Effect of skill {skill.id}", "Paired effects, and the utility with its standard error",
+                  [Series("utility", history.utility), Series("paired effects", effects, line=False)], changes, x_range, y=(-1, 1),
+                  height=150, level="h4") if skill.n else "<p>Not yet tried in a pair.</p>"
+    state = changes[-1][1]
+    doubt = f"<p>The file says {skill.state}, but these effects lead to {state}.</p>" * (state != skill.state)
     return (f'<article><p class="skill">{esc(skill.text)}</p>\n<p><strong class="state">{skill.state}</strong> '
             f"utility {skill.utility(bank.kappa):+.2f} {spread}, n {skill.n}<br>"
             f'{" &rarr; ".join(f"{state} ({x})" for x, state in changes)}<br>'
-            f"<small>mined from {esc(skill.source)}</small></p>{doubt}\n{figure}</article>\n")
+            f"<small>skill {skill.id}, mined from {esc(skill.source)}</small></p>{doubt}\n{drawn}</article>\n")
+
+
+def lives_figure(bank: skills.SkillBank, histories: list[History], x_range: tuple[float, float],
+                 marks: list[tuple[float, str]]) -> str:
+    """All skills on one timeline, in the order of their births."""
+    lives = []
+    for skill, history in sorted(zip(bank.skills, histories), key=lambda pair: (pair[0].born, pair[0].id)):
+        changes = history.changes
+        ends = [x for x, _ in changes[1:]] + [changes[-1][0] if changes[-1][1] == "retired" else x_range[1]]
+        lives.append(Life(f"{skill.id}", f"{skill.utility(bank.kappa):+.2f}" if skill.n else "&ndash;",
+                          f"{esc(skill.text)} ({', '.join(f'{state} {x}' for x, state in changes)})",
+                          [(x, end, skills.STATES.index(state)) for (x, state), end in zip(changes, ends)]))
+    return timeline("lives", "Lives of the skills", "Each row is a skill, by its number: a line begins at its birth, changes "
+                    "when it is promoted, and ends when it is retired. The cards below say the same in words", lives,
+                    skills.STATES, "utility", [(x, label) for x, label in marks if x >= x_range[0]], x_range)
 
 
 def skills_section(bank: skills.SkillBank | None, cfg: dict[str, Any], rows: list[dict]) -> str:
-    """The bank: its rejections, and every skill's card by state and utility; or why there are none."""
+    """The bank: its rejections, its timeline, and every skill's card by state and utility; or why there are none."""
     parts = []
     if not bank or not bank.skills:
         why = ("the variant gigpo has no skills" if cfg["variant"] == "gigpo" else "skills.json is missing" if not bank else
@@ -238,11 +290,15 @@ def skills_section(bank: skills.SkillBank | None, cfg: dict[str, Any], rows: lis
                      "effect is the success of a group's half with the skill minus that of its half without. The utility "
                      f"is their mean, shrunk by n / (n + {bank.kappa:g}); its band is one standard error on either side. "
                      "In brackets: the iteration of a change.</p>\n")
+    if bank and bank.skills:
         known = [x for s in bank.skills for x in (s.born, *(x for x, _ in s.effects))]
-        x_range = (min(known, default=0), int(max([*known, *(r["iteration"] for r in rows)], default=0)))
+        x_range = (min(known), int(max([*known, *(r["iteration"] for r in rows)])))
+        histories = [History.of(bank, skill) for skill in bank.skills]
+        parts.append(lives_figure(bank, histories, x_range, phase_starts(rows)))
         for state in ("active", "candidate", "retired"):
-            group = sorted((s for s in bank.skills if s.state == state), key=lambda s: -s.utility(bank.kappa))
-            cards = f'<div class="grid3">{"".join(skill_card(bank, s, x_range) for s in group)}</div>'
+            group = sorted(((s, h) for s, h in zip(bank.skills, histories) if s.state == state),
+                           key=lambda pair: -pair[0].utility(bank.kappa))
+            cards = f'<div class="grid3">{"".join(skill_card(bank, s, h, x_range) for s, h in group)}</div>'
             if group:
                 parts.append(folded(f"<h3>{len(group)} {state}, by utility</h3>", cards,
                                     "open" if state == "active" else ""))
@@ -268,8 +324,10 @@ def spaces(pieces: list[str], text: str) -> list[str]:
 def step_item(place: int, step: dict[str, Any], scale: float) -> str:
     """What was seen, the sampled tokens, what they were worth. `scale` is the advantage that gets the full tint."""
     a, seen, pieces = step["advantage"], step["observation"], step["pieces"]
-    tokens = "".join(space + (f'<b style="--w:{min(w, 1):.2f}">{esc(p)}</b>' if w > 0 else f"<span>{esc(p)}</span>")
-                     for space, p, w in zip(spaces(pieces, step["text"]), pieces, step["weights"]) if p)
+    told = [token for token in zip(spaces(pieces, step["text"]), pieces, step["weights"]) if token[1]]
+    tokens = "".join("".join(f'{space}<b style="--w:{min(w, 1):.2f}">{esc(p)}</b>' for space, p, w in part) if weighted
+                     else esc("".join(space + p for space, p, _ in part))
+                     for weighted, part in itertools.groupby(told, lambda token: token[2] > 0))
     tint = f' class="{"pos" if a > 0 else "neg"}" style="--a:{min(abs(a) / scale, 1):.2f}"' if a and finite(a) else ""
     gated = [w for w in step["weights"] if w > 0]
     distilled = f"; distilled: {len(gated)} of {len(pieces)} tokens, weight {max(gated):.2f}" if gated else ""
@@ -280,15 +338,16 @@ def step_item(place: int, step: dict[str, Any], scale: float) -> str:
 
 
 def samples_section(samples: list[dict], folder: Path) -> str:
-    """A plain episode beside a guided one of the same task, token by token, for each phase."""
-    texts, parts = sorted(folder.glob("*.txt")), []
+    """Each sample, a plain episode beside a guided one of the same task, token by token; the last is unfolded."""
+    texts, parts, kept = sorted(folder.glob("*.txt")), [], len([*folder.glob("*.json")])
     if samples:
-        parts.append(f"{LEGEND}<p>Shown is the last sample of each phase, of {len(samples)} in samples/.</p>\n")
+        shown = "All" if len(samples) == kept else f"{len(samples)}, evenly spread, of the"
+        parts.append(f"{LEGEND}<p>{shown} {kept} samples of the run, the last one unfolded.</p>\n")
     else:
         parts.append(f"<p>This run {'has samples without token data' if texts else 'has no sample episodes yet'}.</p>\n")
         parts += [folded(f"The newest sample as text ({esc(path.name)})",
                          f"<pre>{esc(path.read_bytes().decode(errors='replace'))}</pre>") for path in texts[-1:]]
-    for s in {s["phase"]: s for s in samples}.values():
+    for s in samples:
         steps = [step for e in s["episodes"] for step in e["steps"]]
         scale = max((abs(step["advantage"]) for step in steps if finite(step["advantage"])), default=0) or 1
         columns = []
@@ -324,7 +383,19 @@ def config_section(cfg: dict[str, Any]) -> str:
 # ---- 3. The page ---------------------------------------------------------------------------------------------
 
 
-def page(folder: Path) -> str:
+def document(title: str, links: dict[str, str], header: str, main: str, alive: bool = False) -> str:
+    """A whole page in HTML: `links` from the ids of its sections to their names; one that is `alive` loads itself anew."""
+    return f"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+{f'<meta http-equiv="refresh" content="{RELOAD_S}">' * alive}<title>{title}</title><style>{STYLE}</style></head>
+<body>{header}
+<nav aria-label="Sections">{"".join(f'<a href="#{k}">{v}</a>' for k, v in links.items())}</nav>
+<main>{main}</main></body></html>
+"""
+
+
+def page(folder: Path, alive: bool = False) -> str:
     """The whole page. Raises UserError for a folder without config.json, or with files that siri.py did not write."""
     cfg = read_json(folder / "config.json", CONFIG)
     rows, remark = read_metrics(folder / "metrics.csv")
@@ -333,32 +404,23 @@ def page(folder: Path) -> str:
     name = esc(cfg.get("name") or folder.resolve().name)
     links = dict(curves="Curves", results="Evaluations", skills="Skill bank", samples="Sample episodes",
                  config="Configuration")
-    return f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>{name}: report of a SIRI run</title><style>{STYLE}</style></head>
-<body>{header_section(name, cfg, rows, results)}
-<nav aria-label="Sections">{"".join(f'<a href="#{k}">{v}</a>' for k, v in links.items())}</nav>
-<main>{curves_section(rows, results, remark)}
-{results_section(results)}
-{skills_section(bank, cfg, rows)}
-{samples_section(samples, folder / "samples")}
-{config_section(cfg)}</main></body></html>
-"""
+    parts = (curves_section(rows, results, remark), results_section(results), skills_section(bank, cfg, rows),
+             samples_section(samples, folder / "samples"), config_section(cfg))
+    header = header_section(name, cfg, rows, results, alive)
+    return document(f"{name}: report of a SIRI run", links, header, "\n".join(parts), alive)
 
 
-def write(folder: Path) -> Path:
-    """Write the report of the run in `folder`, and return its path. UserError as `page`, and if it can't be written."""
-    path = folder / "report.html"
-    refuse_links(folder)
-    text = page(folder).encode("ascii", "xmlcharrefreplace").decode()           # reads the same in every locale
+def write_page(path: Path, text: str) -> Path:
+    """Write a page, so that it reads the same in every locale. UserError if it can't be written."""
     try:
-        write_text(path, text)
+        write_text(path, text.encode("ascii", "xmlcharrefreplace").decode())
     except OSError as e:
         raise UserError(f"{path}: cannot be written ({e.strerror})") from e
     return path
 
 
-def command(run: str, given: dict[str, Any]) -> None:
-    """`--report`: write the page, and say where it is."""
-    say(write(Path(run)))
+def write(folder: Path, alive: bool = False) -> Path:
+    """Write the report of the run in `folder`, which goes on if it is `alive`, and return its path. UserError as `page`, and if
+    it can't be written."""
+    refuse_links(folder)
+    return write_page(folder / "report.html", page(folder, alive))
