@@ -484,23 +484,23 @@ def test_play_takes_numbers_and_words_and_ends_with_the_result(monkeypatch, caps
         ("success, score 1.00", "2")]                                       # fly costs a step, 9, 0 and 3 none
     assert out.count("not a command that can be done here") == 1
     assert "there is no command 9: 1 to 3" in out and "there is no command 0: 1 to 3" in out
-    assert "search[red shoes]" in out
+    assert "write it out, with words of your own: search red shoes" in out
     assert out.count("=== t/1") == 4                                        # the fourth game meets the end of the input
 
 
 def test_play_sends_no_codes_to_the_terminal(monkeypatch, capsys):
-    out = played(monkeypatch, capsys, "search[\x1b[5m]\nq\n")
+    out = played(monkeypatch, capsys, "search \x1b[5m\nq\n")
     assert "after search" in out and [c for c in out if not c.isprintable() and c != "\n"] == []
 
 
 def test_play_shows_the_policys_prompt_and_thoughts(monkeypatch, capsys):
-    """`?` is the very prompt of `fit_prompt`; `h` asks and plays nothing; `w` plays on with what the policy says."""
+    """`p` is the very prompt of `fit_prompt`; `h` asks and plays nothing; `w` plays on with what the policy says, by its number."""
     answers = iter(["<think> why not </think> <action> wait </action>",
                     "<think> enough \x1b[0m</think> <action> leave </action>"] * 2)
     policy = tiny_policy()
     monkeypatch.setattr(policy, "generate", lambda prompts, temperature, max_new, dice: [[7]])
     monkeypatch.setattr(policy, "decode", lambda ids: next(answers))
-    out = played(monkeypatch, capsys, "?\nh\nh\nw\nq\n")
+    out = played(monkeypatch, capsys, "?\np\nh\nh\nw\nn\nq\n")
     world = PlayedShop()
     task = world.tasks("valid_seen")[0]
     game = world.open(task)
@@ -508,23 +508,64 @@ def test_play_shows_the_policys_prompt_and_thoughts(monkeypatch, capsys):
     assert figures.printable(prompt) in out and "<|im_start|>" in prompt and "the room" in prompt
     assert out.count("the policy: <think> why not </think> <action> wait </action>") == 2
     assert "enough \ufffd[0m</think>" in out and "=== success, score 1.00, 2 steps" in out
+    assert "</action>\n> 1\n" in out and "</action>\n> 2\n" in out         # wait and leave, as they are numbered for a person
+    assert out.count(terminal.HELP) == 2 and out.count(terminal.AFTER) == 1
     assert out.count("[0 of 5]") == 2 and out.count("[1 of 5]") == 1        # h moved nothing; w went two steps; then a new game
     waited = siri.Step([], [], "", "wait", game.start.observation, "", None)
     later = siri.Episode(task, None, [waited], game.step(game.start, "wait"))
     later = policy.tokenizer.decode(siri.fit_prompt(policy, later, None))
-    assert figures.printable(later) in played(monkeypatch, capsys, "wait\n?\n")
+    assert figures.printable(later) in played(monkeypatch, capsys, "wait\np\n")
 
 
-@pytest.mark.parametrize("env", ["alfworld", "webshop"])
-def test_play_plays_both_benchmarks_with_a_real_policy(monkeypatch, capsys, env):
+@pytest.mark.parametrize("env, first", [("alfworld", "2"), ("webshop", "search lamp")])
+def test_play_plays_both_benchmarks_with_a_real_policy(monkeypatch, capsys, env, first):
     cfg = resolve({"preset": "tiny", "env": env})[0]
     policy = Policy(cfg)
     monkeypatch.setattr(terminal, "Policy", lambda cfg, checkpoint: policy)
-    monkeypatch.setattr("sys.stdin", io.StringIO("2\n?\nw\n"))
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{first}\np\nw\n"))
     terminal.command("", {"preset": "tiny", "env": env})
     out = capsys.readouterr().out
     assert re.search(r"=== (success|not solved).*, \d+ steps", out) and "GENERATED" in out
     assert len(re.findall("the policy: <think>", out)) == int(re.search(r", (\d+) steps", out)[1]) - 1 > 0
+
+
+@pytest.mark.parametrize("observation", ["text", "text_rich"])
+def test_play_lays_a_shops_pages_out(observation):
+    """Every button has one number, and that number does what the button says; what is not for a person is left out."""
+    env = envs.WebShop(envs.Shop.generated(0, 450, tagger="stop-list"), "made up", observation=observation)
+    task = env.tasks("train")[0]
+    game = env.open(task)
+    state, pages = game.start, []
+    for action in ("search[sofa]", "click[haven44]", "click[features]", "click[< prev]", "click[pink]", "click[buy now]", ""):
+        text, actions = terminal.page(state, task.goal)
+        assert sorted([*actions, *[terminal.SEARCH] * (not pages)]) == sorted(state.admissible)
+        for number, label in re.findall(r"\[(\d+)\] (.*?)(?=  |\n|$)", text):
+            assert actions[int(number) - 1] == f"click[{label.lower()}]"
+        assert len(re.findall(r"\[\d+\]", text)) == len(actions) and task.goal not in text and "SEP" not in text
+        pages.append(text)
+        state = game.step(state, action) if action else state
+    start, results, product, about, _, chosen, bought = pages
+    assert start == "--- WebShop ---\n[1] Search" and results.startswith("--- Page 1 (Total results: 10) ---\n  [1] ")
+    assert "  size  [4] medium  [5] large  [6] huge\n" in product and product.startswith("--- Haven Sofa ---")
+    assert about.startswith("--- About the product ---\n  For every day\n  ") and bought == "--- Thank you for shopping with us! ---"
+    assert ("You have clicked pink." in chosen) == (observation == "text_rich")
+    assert [terminal.meaning(line, ["click[search]"]) for line in ("search Red  shoes", "search[sofa]", "1", "search")] == [
+        "search[red shoes]", "search[sofa]", "", ""]
+
+
+def test_a_run_is_watched_until_one_wants_to_play(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(terminal, "latest_checkpoint", lambda run: run / "checkpoints" / "iter-00001")
+    monkeypatch.setattr(terminal, "load_config", lambda run, given: config())
+    policy = tiny_policy()
+    monkeypatch.setattr(policy, "generate", lambda prompts, temperature, max_new, dice: [[7]])
+    monkeypatch.setattr(policy, "decode", lambda ids: "<think> go </think> <action> leave </action>")
+    monkeypatch.setattr(terminal, "make_environment", lambda cfg: PlayedShop())
+    monkeypatch.setattr(terminal, "Policy", lambda cfg, checkpoint: policy)
+    monkeypatch.setattr("sys.stdin", io.StringIO("\nwhat\nn\n1\n2\nq\n"))      # another one; no command; then a game of one's own
+    terminal.command(str(tmp_path), {})
+    out = capsys.readouterr().out
+    assert re.findall(r"=== (.*), (\d) steps", out) == [("success, score 1.00", "1")] * 2 + [("success, score 1.00", "2")]
+    assert out.count("the policy: <think>") == 2 and out.count(terminal.AFTER) == 3
 
 
 def test_play_on_a_machine_that_fails_ends_with_its_mend(monkeypatch):
