@@ -48,8 +48,8 @@ def ask() -> str:
 
 def room(state: envs.State) -> tuple[str, list[str]]:
     """What is observed, and a numbered list of the commands; and the commands in the order of their numbers."""
-    listed = [f"{k:3d} {action}" for k, action in enumerate(state.admissible, 1)]
-    return "\n".join([state.observation, *listed]), list(state.admissible)
+    actions = [] if state.done else list(state.admissible)
+    return "\n".join([state.observation, *(f"{k:3d} {action}" for k, action in enumerate(actions, 1))]), actions
 
 
 def page(state: envs.State, goal: str) -> tuple[str, list[str]]:
@@ -62,12 +62,14 @@ def page(state: envs.State, goal: str) -> tuple[str, list[str]]:
     product = next((part for part, following in zip(parts, parts[1:]) if following.startswith("Price: ")), "")
     title = results or product or ("About the product" if "< prev" in clicks else parts[0])
     actions, lines = list[str](), [f"--- {title} ---"]
+    if state.done:
+        return lines[0], actions
 
     def button(label: str) -> str:
         actions.append(clicks.pop(label.lower()))
         return f"[{len(actions)}] {label}"
 
-    for part in [] if state.done and not clicks else parts:
+    for part in parts:
         is_button = part.lower() in clicks
         if part == title or is_button and part.lower() in BAR:
             continue
@@ -76,8 +78,8 @@ def page(state: envs.State, goal: str) -> tuple[str, list[str]]:
             lines[-1:] = [f"{lines[-1]}  {button(part) if is_button else part}"]
         else:
             lines.append(f"  {button(part) if is_button else part}")
-    lines.append("  ".join(button(part) for part in parts if part.lower() in clicks))
-    return "\n".join(lines).rstrip(), [*actions, *clicks.values()]
+    lines.append("  ".join([button(part) for part in parts if part.lower() in clicks] + [button(label) for label in [*clicks]]))
+    return "\n".join(lines).rstrip(), actions
 
 
 def meaning(line: str, actions: list[str]) -> str:
