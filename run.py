@@ -343,7 +343,7 @@ ACTIONS = {     # without one: train
     "eval": "play the panel with a run's last checkpoint",
     "with_skills": "with --eval: use the bank (ablation)",
     "report": "write RUN/report.html: one page with all that happened; of several runs: comparison.html beside the first",
-    "play": "play in the terminal, or watch the policy of a run (default: the base policy)",
+    "play": "play in the terminal; with a run: watch its policy play",
     "probe": "will a --model do? minutes instead of days: its answers and skills, and how many are well formed",
     "bench": "measure speed and memory beside what people would use instead; writes bench.json"}
 

@@ -988,7 +988,7 @@ class Parrot:
     def __init__(self, policy):
         self.policy, self.real = policy, Policy
 
-    def __call__(self, cfg, adapter=None):
+    def __call__(self, cfg, adapter=None, ranks=None):
         self.policy.cfg = cfg
         self.policy.generate = self.speak
         return self.policy

@@ -15,8 +15,10 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from functools import lru_cache
 from html.parser import HTMLParser
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -32,7 +34,7 @@ from conftest import CHATML, HERE, config, learner_of, new_bank, slow, stranger_
 from conftest import metrics as run_metrics
 from policy import Policy, UserError
 from run import ACTIONS, add_result, append_metrics, main, parse_arguments, save_sample, write_report
-from tools import bench, compare, figures, imitation, metrics, probe, report
+from tools import bench, compare, exercises, figures, imitation, metrics, probe, report
 from tools import play as terminal
 from tools.files import latest_checkpoint, read_json, write_json
 from tools.metrics import wilson
@@ -645,23 +647,23 @@ def test_play_takes_numbers_and_words_and_ends_with_the_result(monkeypatch, caps
         ("success, score 1.00", "2")]                                       # fly costs a step, 9, 0 and 3 none
     assert out.count("not a command that can be done here") == 1
     assert "there is no command 9: 1 to 3" in out and "there is no command 0: 1 to 3" in out
-    assert "search[red shoes]" in out
+    assert "write it out, with words of your own: search red shoes" in out
     assert out.count("=== t/1") == 4                                        # the fourth game meets the end of the input
 
 
 def test_play_sends_no_codes_to_the_terminal(monkeypatch, capsys):
-    out = played(monkeypatch, capsys, "search[\x1b[5m]\nq\n")
+    out = played(monkeypatch, capsys, "search \x1b[5m\nq\n")
     assert "after search" in out and [c for c in out if not c.isprintable() and c != "\n"] == []
 
 
 def test_play_shows_the_policys_prompt_and_thoughts(monkeypatch, capsys):
-    """`?` is the very prompt of `fit_prompt`; `h` asks and plays nothing; `w` plays on with what the policy says."""
+    """`p` is the very prompt of `fit_prompt`; `h` asks and plays nothing; `w` plays on with what the policy says, by its number."""
     answers = iter(["<think> why not </think> <action> wait </action>",
                     "<think> enough \x1b[0m</think> <action> leave </action>"] * 2)
     policy = tiny_policy()
     monkeypatch.setattr(policy, "generate", lambda prompts, temperature, max_new, dice: [[7]])
     monkeypatch.setattr(policy, "decode", lambda ids: next(answers))
-    out = played(monkeypatch, capsys, "?\nh\nh\nw\nq\n")
+    out = played(monkeypatch, capsys, "?\np\nh\nh\nw\nn\nq\n")
     world = PlayedShop()
     task = world.tasks("valid_seen")[0]
     game = world.open(task)
@@ -669,23 +671,64 @@ def test_play_shows_the_policys_prompt_and_thoughts(monkeypatch, capsys):
     assert figures.printable(prompt) in out and "<|im_start|>" in prompt and "the room" in prompt
     assert out.count("the policy: <think> why not </think> <action> wait </action>") == 2
     assert "enough \ufffd[0m</think>" in out and "=== success, score 1.00, 2 steps" in out
+    assert "</action>\n> 1\n" in out and "</action>\n> 2\n" in out         # wait and leave, as they are numbered for a person
+    assert out.count(terminal.HELP) == 2 and out.count(terminal.AFTER) == 1
     assert out.count("[0 of 5]") == 2 and out.count("[1 of 5]") == 1        # h moved nothing; w went two steps; then a new game
     waited = siri.Step([], [], "", "wait", game.start.observation, "", None)
     later = siri.Episode(task, None, [waited], game.step(game.start, "wait"))
     later = policy.tokenizer.decode(siri.fit_prompt(policy, later, None))
-    assert figures.printable(later) in played(monkeypatch, capsys, "wait\n?\n")
+    assert figures.printable(later) in played(monkeypatch, capsys, "wait\np\n")
 
 
-@pytest.mark.parametrize("env", ["alfworld", "webshop"])
-def test_play_plays_both_benchmarks_with_a_real_policy(monkeypatch, capsys, env):
+@pytest.mark.parametrize("env, first", [("alfworld", "2"), ("webshop", "search lamp")])
+def test_play_plays_both_benchmarks_with_a_real_policy(monkeypatch, capsys, env, first):
     cfg = resolve({"preset": "tiny", "env": env})[0]
     policy = Policy(cfg)
     monkeypatch.setattr(terminal, "Policy", lambda cfg, checkpoint: policy)
-    monkeypatch.setattr("sys.stdin", io.StringIO("2\n?\nw\n"))
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{first}\np\nw\n"))
     terminal.command("", {"preset": "tiny", "env": env})
     out = capsys.readouterr().out
     assert re.search(r"=== (success|not solved).*, \d+ steps", out) and "GENERATED" in out
     assert len(re.findall("the policy: <think>", out)) == int(re.search(r", (\d+) steps", out)[1]) - 1 > 0
+
+
+@pytest.mark.parametrize("observation", ["text", "text_rich"])
+def test_play_lays_a_shops_pages_out(observation):
+    """Every button has one number, and that number does what the button says; what is not for a person is left out."""
+    env = envs.WebShop(envs.Shop.generated(0, 450, tagger="stop-list"), "made up", observation=observation)
+    task = env.tasks("train")[0]
+    game = env.open(task)
+    state, pages = game.start, []
+    for action in ("search[sofa]", "click[haven44]", "click[features]", "click[< prev]", "click[pink]", "click[buy now]", ""):
+        text, actions = terminal.page(state, task.goal)
+        assert sorted([*actions, *[terminal.SEARCH] * (not pages)]) == sorted(state.admissible)
+        for number, label in re.findall(r"\[(\d+)\] (.*?)(?=  |\n|$)", text):
+            assert actions[int(number) - 1] == f"click[{label.lower()}]"
+        assert len(re.findall(r"\[\d+\]", text)) == len(actions) and task.goal not in text and "SEP" not in text
+        pages.append(text)
+        state = game.step(state, action) if action else state
+    start, results, product, about, _, chosen, bought = pages
+    assert start == "--- WebShop ---\n[1] Search" and results.startswith("--- Page 1 (Total results: 10) ---\n  [1] ")
+    assert "  size  [4] medium  [5] large  [6] huge\n" in product and product.startswith("--- Haven Sofa ---")
+    assert about.startswith("--- About the product ---\n  For every day\n  ") and bought == "--- Thank you for shopping with us! ---"
+    assert ("You have clicked pink." in chosen) == (observation == "text_rich")
+    assert [terminal.meaning(line, ["click[search]"]) for line in ("search Red  shoes", "search[sofa]", "1", "search")] == [
+        "search[red shoes]", "search[sofa]", "", ""]
+
+
+def test_a_run_is_watched_until_one_wants_to_play(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(terminal, "latest_checkpoint", lambda run: run / "checkpoints" / "iter-00001")
+    monkeypatch.setattr(terminal, "load_config", lambda run, given: config())
+    policy = tiny_policy()
+    monkeypatch.setattr(policy, "generate", lambda prompts, temperature, max_new, dice: [[7]])
+    monkeypatch.setattr(policy, "decode", lambda ids: "<think> go </think> <action> leave </action>")
+    monkeypatch.setattr(terminal, "make_environment", lambda cfg: PlayedShop())
+    monkeypatch.setattr(terminal, "Policy", lambda cfg, checkpoint: policy)
+    monkeypatch.setattr("sys.stdin", io.StringIO("\nwhat\nn\n1\n2\nq\n"))      # another one; no command; then a game of one's own
+    terminal.command(str(tmp_path), {})
+    out = capsys.readouterr().out
+    assert re.findall(r"=== (.*), (\d) steps", out) == [("success, score 1.00", "1")] * 2 + [("success, score 1.00", "2")]
+    assert out.count("the policy: <think>") == 2 and out.count(terminal.AFTER) == 3
 
 
 def test_play_on_a_machine_that_fails_ends_with_its_mend(monkeypatch):
@@ -713,6 +756,11 @@ def text_of(cell):
     return "".join(o.get("text", "") + o.get("data", {}).get("text/plain", "") for o in cell.outputs)
 
 
+def first_cell():
+    """What every notebook begins with."""
+    return "".join(next(cell for cell in json.loads(LESSONS[0].read_text())["cells"] if cell["cell_type"] == "code")["source"])
+
+
 @pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
 def test_a_notebook_can_be_read_without_running_it(path):
     import nbformat
@@ -723,7 +771,10 @@ def test_a_notebook_can_be_read_without_running_it(path):
     assert all(sum(map(bool, cell.source.splitlines())) <= 15 for cell in cells) and path.stat().st_size < 600_000
     outputs = [o for cell in cells for o in cell.outputs]
     assert all(o.output_type != "error" and o.get("name") != "stderr" for o in outputs)
-    assert any("image/png" in o.get("data", {}) for o in outputs)
+    assert any("image/png" in o.get("data", {}) for o in outputs) or path.stem == "solutions"
+    assert not re.search(r"fontsize=[0-8]\b", "".join(cell.source for cell in cells))         # 9 points or more
+    assert all(f"**{word}:**" in notebook.cells[0].source for word in ("Goals", "Time", "You need"))
+    assert cells[0].source == first_cell()
     assert any("exact" in cell.metadata.get("tags", []) for cell in cells)
 
 
@@ -738,6 +789,104 @@ def test_a_notebook_runs_and_shows_what_the_modules_hold_now(path):
     for old, new in zip(code_cells(before), code_cells(after)):
         if "exact" in old.metadata.get("tags", []):
             assert text_of(new) == text_of(old), old.source
+
+
+@pytest.fixture
+def restored(monkeypatch):
+    """What the first cell changes is as it was, afterwards."""
+    import matplotlib
+    monkeypatch.chdir(HERE)
+    monkeypatch.setattr("sys.path", [*sys.path])
+    threads = torch.get_num_threads()
+    with matplotlib.rc_context():
+        yield
+    torch.set_num_threads(threads)
+
+
+def test_the_first_cell_finds_the_repository_from_below(restored, monkeypatch, tmp_path):
+    monkeypatch.chdir(HERE / "assets" / "tiny-run")
+    exec(first_cell(), found := {})
+    assert found["root"] == HERE == Path.cwd() and sys.path[0] == str(HERE)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(AssertionError, match="open this notebook in a folder of the repository"):
+        exec(first_cell(), {})
+
+
+def test_in_colab_the_first_cell_clones_once_and_keeps_its_torch(restored, monkeypatch, tmp_path):
+    calls = []
+
+    def called(command, check):
+        calls.append(command)
+        if command[0] == "git":
+            Path(command[-1]).symlink_to(HERE)
+
+    monkeypatch.setattr(subprocess, "run", called)
+    monkeypatch.setitem(sys.modules, "google.colab", SimpleNamespace())
+    for _ in range(2):                                                      # the second time as after a restart of the kernel
+        monkeypatch.chdir(tmp_path)
+        exec(first_cell(), {})
+    assert [command[0] for command in calls] == ["git", sys.executable, sys.executable] and Path.cwd() == HERE
+    pip = calls[1][5:]
+    assert f"torch=={torch.__version__}" in pip and len([name for name in pip if re.match(r"torch\b", name)]) == 1
+    assert {"transformers", "alfworld"} <= {re.split("[<>=]", name)[0] for name in pip} and not any("#" in name for name in pip)
+
+
+def checks(path):
+    """The exercises that a notebook checks, and what it printed of each."""
+    import nbformat
+    said = [(name, text_of(cell)) for cell in code_cells(nbformat.read(path, 4)) for name in re.findall(r'check\("(.*?)"', cell.source)]
+    return {name: re.findall(rf"^{name}: (.*)$", text, re.M) for name, text in said}
+
+
+def test_every_exercise_is_asked_once_and_solved():
+    *lessons, solutions = LESSONS
+    asked = {name: (path.stem[0], said) for path in lessons for name, said in checks(path).items()}
+    assert list(asked) == list(exercises.EXERCISES) == list(checks(solutions))
+    assert all(name.split(".")[0] == lesson and said == ["not yet"] for name, (lesson, said) in asked.items())
+    assert all(said == ["right"] for said in checks(solutions).values())
+    code = [name for name, exercise in exercises.EXERCISES.items() if exercise.inputs]
+    assert [lesson for lesson in "123456" if sum(name.startswith(lesson) for name in code) >= 2] == list("1234")
+
+
+@pytest.mark.parametrize("name, answer", [
+    ("1.4", lambda prompt, response: [token in response for token in prompt + response]),           # by looks
+    ("1.5", lambda keys: [[sorted({k for row in keys for k in row}).index(k) for k in row] for row in keys]),
+    ("2.4", lambda returns: (returns - returns.mean()) / (returns.std() or 1)),                       # biased
+    ("2.5", lambda rewards, gamma: [sum(rewards[t:]) for t in range(len(rewards))]),                  # undiscounted
+    ("3.4", lambda group: sum(won if guided else -won for guided, won in group) / (len(group) / 2)),  # halves taken as equal
+    ("3.5", lambda effects, kappa: sum(effects) / max(len(effects), 1)),                              # not shrunk
+    ("4.4", lambda is_action, used, utility, delta: [used and utility >= 0 and delta > 0 and token for token in is_action]),
+    ("4.5", lambda logp, weight, gate: -(weight * logp * gate).sum() / (gate * weight).sum().clamp(min=1)),
+    ("2.1", 6.25 / (187.5 / 8) ** 0.5)])
+def test_a_checker_finds_the_usual_mistakes(capsys, name, answer):
+    exercises.check(name, answer)
+    exercises.check(name, lambda *given: 1 / 0)
+    wrong, raises = capsys.readouterr().out.splitlines()
+    assert wrong == f"{name}: wrong; hint: {exercises.EXERCISES[name].hint}"
+    assert raises.startswith(f"{name}: wrong: it raises ")
+
+
+def test_a_class_copy_has_no_outputs_and_no_answers(tmp_path):
+    folder = tmp_path / "class"
+    command = [sys.executable, HERE / "tools/class_copy.py", folder]
+    done = subprocess.run([*command, "--repository", "https://example.org/ours.git"], capture_output=True, text=True)
+    assert done.stdout == f"6 notebooks without outputs and answers: {folder}\n" and done.returncode == 0
+    assert [path.name for path in sorted(folder.iterdir())] == [path.name for path in LESSONS if path.stem != "solutions"]
+    for path in LESSONS[:-1]:
+        import nbformat
+        copied, whole = nbformat.read(folder / path.name, 4), nbformat.read(path, 4)
+        nbformat.validate(copied)
+        assert all(cell.outputs == [] and cell.execution_count is None for cell in code_cells(copied))
+        answers = [cell for cell in whole.cells if "answer" in cell.metadata.get("tags", [])]
+        left = [cell.id for cell in copied.cells]
+        assert answers and left == [cell.id for cell in whole.cells if cell not in answers]
+        assert 'REPOSITORY = "https://example.org/ours.git"' in code_cells(copied)[0].source
+        text = "\n".join(cell.source for cell in copied.cells)
+        assert not any(line in text for cell in answers for line in cell.source.splitlines() if len(line) > 40)
+        code = re.findall(r"(?<=def )(\w+)\(.*\n    \"\"\"(?:.|\n)*?\"\"\"\n(.*)\n\ncheck", text)
+        assert {body for _, body in code} <= {"    ..."} and len(code) == (2 if path.stem[0] in "1234" else 0)
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.stderr.startswith(f"siri: {folder} is there already") and again.returncode == 1
 
 # ---- 4. What the documentation promises ------------------------------------------------------------------------------
 
@@ -784,8 +933,8 @@ def imports_of(path):
 def test_every_room_imports_only_what_is_below_it():
     """No circle: the method knows neither run nor tools, the policy no SIRI, the mathematics nothing of the house."""
     floors = [{"gigpo", "skills", "distill", "envs", "decode", "ranks"}, {"policy"}, {"siri"}, {"tools.metrics", "tools.files", "tools.check"},
-              {"tools.settings"}, {"tools.report", "tools.play", "tools.bench", "tools.probe", "tools.imitation"}, {"tools.compare"}, {"run"}]
-    below = {"tools.figures", "tools.oracle", "tools.terminal", "tools.limits"}                               # of which nothing of the house is used but envs
+              {"tools.settings"}, {"tools.report", "tools.play", "tools.exercises", "tools.bench", "tools.probe", "tools.imitation"}, {"tools.compare"}, {"run"}]
+    below = {"tools.figures", "tools.oracle", "tools.terminal", "tools.limits", "tools.lesson", "tools.class_copy"}                     # of which nothing of the house is used but envs
     for floor in floors:
         for name in floor:
             assert imports_of(HERE / f"{name.replace('.', '/')}.py") <= below, name

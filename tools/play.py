@@ -1,14 +1,16 @@
-"""Play a benchmark yourself: `python siri.py --play`, or `--play runs/NAME` to have that run's policy at your side.
+"""Play a benchmark yourself: `python siri.py --play`; or `--play runs/NAME` to watch that run's policy play.
 
-You see what the policy sees: the task, the page, the commands. The policy is loaded when it is first asked, so that a game
-starts at once. Text of environments and policies is printed without its control characters, so that it can't drive the
-terminal. The games are those of the evaluation panel (`--split`, `--panel`), in an order that `--seed` draws.
+You see what the policy sees: the task, the page, the commands. A page of WebShop is laid out, with its buttons where they
+belong. The policy is loaded when it is first asked, so that a game starts at once. Text of environments and policies is printed
+without its control characters, so that it can't drive the terminal. The games are those of the evaluation panel (`--split`,
+`--panel`), in an order that `--seed` draws.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -24,10 +26,13 @@ from tools.files import latest_checkpoint
 from tools.settings import load_config, make_environment, resolve
 from tools.terminal import say
 
-HELP = """Type a command, or its number. Besides:
-  ?  the exact prompt that the policy would see now        n  a new game
+HELP = """Type a command or its number; to search in the shop: search red shoes. Besides:
+  ?  this help                                              n  a new game
   h  what the policy would do now: its thought and action   q  quit
-  w  watch: the policy plays on to the end"""
+  w  watch: the policy plays on to the end                  p  the exact prompt that the policy would see now"""
+AFTER = "w or Enter: watch another game   n: play one yourself   q: quit"
+SEARCH = "search[<your query>]"
+BAR = ("search", "back to search", "< prev", "next >", "description", "features", "reviews", "buy now")    # below a page's text
 
 
 def ask() -> str:
@@ -41,21 +46,58 @@ def ask() -> str:
     return line
 
 
-def meaning(line: str, state: envs.State) -> str:
+def room(state: envs.State) -> tuple[str, list[str]]:
+    """What is observed, and a numbered list of the commands; and the commands in the order of their numbers."""
+    actions = [] if state.done else list(state.admissible)
+    return "\n".join([state.observation, *(f"{k:3d} {action}" for k, action in enumerate(actions, 1))]), actions
+
+
+def page(state: envs.State, goal: str) -> tuple[str, list[str]]:
+    """A page of WebShop in either form of observation: its title, its text with numbered buttons in their places, a bar of the
+    buttons that lead elsewhere; and what the buttons do, in the order of their numbers."""
+    parts = [re.sub(r"\[(clicked )?button_?\]", "", part).strip() for part in re.split(r" \[SEP\] |\n", state.observation)]
+    parts = [part for part in parts if part not in ("", "Instruction:", goal.strip())]
+    clicks = {action[len("click["):-1].strip(): action for action in state.admissible if action != SEARCH}
+    results = next((part for part in parts if part.startswith("Page ")), "")
+    product = next((part for part, following in zip(parts, parts[1:]) if following.startswith("Price: ")), "")
+    title = results or product or ("About the product" if "< prev" in clicks else parts[0])
+    actions, lines = list[str](), [f"--- {title} ---"]
+    if state.done:
+        return lines[0], actions
+
+    def button(label: str) -> str:
+        actions.append(clicks.pop(label.lower()))
+        return f"[{len(actions)}] {label}"
+
+    for part in parts:
+        is_button = part.lower() in clicks
+        if part == title or is_button and part.lower() in BAR:
+            continue
+        # In the results a product's button heads its line; elsewhere a text does, such as an option's name.
+        if is_button != bool(results):
+            lines[-1:] = [f"{lines[-1]}  {button(part) if is_button else part}"]
+        else:
+            lines.append(f"  {button(part) if is_button else part}")
+    lines.append("  ".join([button(part) for part in parts if part.lower() in clicks] + [button(label) for label in [*clicks]]))
+    return "\n".join(lines).rstrip(), actions
+
+
+def meaning(line: str, actions: list[str]) -> str:
     """The action that a line means; "" with a remark if it means none."""
-    numbered = {str(k): action for k, action in enumerate(state.admissible, 1)}
-    action = numbered.get(line, " ".join(line.lower().split()))      # words as `envs.parse_action` takes the policy's
+    numbered = {str(k): action for k, action in enumerate(actions, 1)}
+    words = " ".join(line.lower().split())                          # as `envs.parse_action` takes the policy's
+    action = numbered.get(line) or re.sub(r"^search ([^\[].*)$", r"search[\1]", words)
     if line.isdecimal() and line not in numbered:
         say(f"there is no command {line[:20]}: 1 to {len(numbered)}")
         return ""
-    if "<your query>" in action:
-        say("write it out, with words of your own: search[red shoes]")
+    if action in (SEARCH, "click[search]", "search"):
+        say("write it out, with words of your own: search red shoes")
         return ""
     return action
 
 
-def play(env: envs.Environment, task: envs.Task, cfg: siri.Config, policy: Callable[[], Policy]) -> bool:
-    """One game. Returns whether another one is wanted. UserError if the game can't be opened."""
+def play(env: envs.Environment, task: envs.Task, cfg: siri.Config, policy: Callable[[], Policy], watching: bool) -> str:
+    """One game. Returns what is wanted next: n, a game to play; w, one to watch; q, nothing. UserError if it can't be opened."""
     try:
         game = env.open(task)
     except envs.MachineFault as e:
@@ -63,7 +105,8 @@ def play(env: envs.Environment, task: envs.Task, cfg: siri.Config, policy: Calla
     except (OSError, ValueError, KeyError) as e:
         raise UserError(f"{task.id}: cannot be opened ({e}); mend or remove it") from e
     dice = itertools.count()                    # asked again, the policy may say something else
-    episode, watching = siri.Episode(task, None, state=game.start), False
+    episode, wanted = siri.Episode(task, None, state=game.start), "w" if watching else "n"
+    show = room if cfg.env != "webshop" else lambda state: page(state, task.goal)
 
     def prompt() -> list[int]:
         return siri.fit_prompt(policy(), episode, None)
@@ -74,48 +117,55 @@ def play(env: envs.Environment, task: envs.Task, cfg: siri.Config, policy: Calla
     try:
         say(f"\n=== {task.id}\n=== {task.goal}")
         while not (state := episode.state).done:
-            say(f"\n[{state.steps} of {env.max_steps}] {state.observation}")
+            shown, actions = show(state)
+            say(f"\n[{state.steps} of {env.max_steps}] {shown}")
             if not state.valid:
                 say("(that was not a command that can be done here)")
+            elif episode.steps and state.observation == episode.steps[-1].observation:
+                say("(done; the page looks as before)")
             action = ""
-            if not watching:
-                say("\n".join(f"{k:3d} {a}" for k, a in enumerate(state.admissible, 1)))
-            while not action and not watching:
+            while not action and wanted != "w":
                 line = ask()
                 if line in ("n", "q"):
-                    return line == "n"
+                    return line
                 elif line == "?":
+                    say(HELP)
+                elif line == "p":
                     say(policy().tokenizer.decode(prompt()))
                 elif line == "h":
                     say(f"the policy: {response()}")
                 elif line == "w":
-                    watching = True
+                    wanted = line
                 elif line:
-                    action = meaning(line, state)
-            if watching:
+                    action = meaning(line, actions)
+            if wanted == "w":
                 text = response()
-                say(f"the policy: {text}")
                 action = envs.parse_action(text) or ""
+                say(f"the policy: {text}\n> {actions.index(action) + 1 if action in actions else action}")
             episode.steps.append(siri.Step([], [], "", action, state.observation, state.anchor, None))
             episode.state = game.step(state, action)
         score = f", score {state.score:.2f}" if env.scored else ""
-        say(f"\n{state.observation}\n=== {'success' if state.success else 'not solved'}{score}, {state.steps} steps")
+        say(f"\n{show(state)[0]}\n=== {'success' if state.success else 'not solved'}{score}, {state.steps} steps")
     finally:
         game.close()
-    return True
+    while wanted == "w":
+        say(AFTER)
+        if (line := ask()) in ("", "w", "n", "q"):
+            return line or "w"
+    return wanted
 
 
 def command(run: str, given: dict[str, Any]) -> None:
-    """`--play`: games until the person quits. The policy is the latest checkpoint of `run`, or with "" the preset's base
-    policy. UserError for a run without a sound checkpoint."""
+    """`--play`: games until the person quits. The policy is the latest checkpoint of `run`, and is watched; with "" it is the
+    preset's base policy, and the person plays. UserError for a run without a sound checkpoint."""
     checkpoint = latest_checkpoint(Path(run)) if run else None
     cfg = load_config(Path(run), given) if run else resolve(given)[0]
     env = make_environment(cfg)
     policy = cache(lambda: Policy(dataclasses.replace(cfg, update_tokens=1), checkpoint))      # no probe of training
     tasks = siri.panel_tasks(cfg, env)
     say(f"{env.notice}\npolicy: {checkpoint or cfg.model}\n{HELP}")
-    order = np.random.default_rng(cfg.seed).permutation(len(tasks))
+    order, wanted = np.random.default_rng(cfg.seed).permutation(len(tasks)), "w" if run else "n"
     for k in itertools.cycle(order):
-        if not play(env, tasks[int(k)], cfg, policy):
+        if (wanted := play(env, tasks[int(k)], cfg, policy, wanted == "w")) == "q":
             return
         say("")
