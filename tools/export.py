@@ -128,7 +128,7 @@ def refuse(to: Path, run: Taken, base: Base, merge: bool) -> None:
     if to.resolve().is_relative_to(run.folder.resolve()):
         raise UserError(f"--to {to}: is in the run's own folder; give another place")
     if merge and getattr(base.config, "quantization_config", None):
-        raise UserError(f"--merge: the weights of {run.cfg.model} are quantised already, and would be rounded once more; leave it out")
+        raise UserError(f"--merge: the weights of {run.cfg.model} are quantised already, and would be rounded again; leave it out")
     if not merge and (Path(base.source) / "adapter_config.json").exists():
         raise UserError(f"--export {run.folder}: {run.cfg.model} holds an adapter of its own, which the run has as part of its "
                         "base; add --merge")
