@@ -584,7 +584,9 @@ def test_what_is_taken_home_answers_as_the_policy(tmp_path, monkeypatch, capsys,
     assert imported == ({"transformers"} if merge else {"transformers", "peft"}) and "import torch" not in program
     monkeypatch.chdir(to)
     said = {}
-    exec(program.replace('"..."', "'look look '").replace('"assets/tiny"', repr(str(HERE / "assets/tiny"))), said)
+    for text, here in (("...", "look look "), ("assets/tiny", str(HERE / "assets/tiny")), ("bfloat16", "float32")):    # as the policy has it
+        program = program.replace(f'"{text}"', f'"{here}"')
+    exec(program, said)
     prompts, model, tokenizer = [policy.encode("look " * n) for n in (2, 1, 5, 9, 14)], said["model"], said["tokenizer"]
     expected = policy.generate(prompts, 0.0, cfg.max_response)
     assert said["asked"]["input_ids"][0].tolist() == prompts[0] and len({*map(tuple, expected)}) > 1
@@ -856,7 +858,7 @@ def test_names_on_a_page_exist(page):
     tests = {name for path in HERE.glob("test_*.py") for name in re.findall(r"^def (test_\w+)", path.read_text(), re.M)}
     for name in re.findall(r"`([^`\n]+)`", page.read_text()):
         if match := re.fullmatch(rf"({'|'.join(MODULES)})\.(\w+)(\.\w+)?(\(.*\))?", name):
-            assert match[2] in ("py", "json") or hasattr(importlib.import_module(match[1]), match[2]), name
+            assert match[2] in ("py", "json", "jsonl") or hasattr(importlib.import_module(match[1]), match[2]), name
         if re.fullmatch(r"test_\w+", name):
             assert name in tests, name
         if re.fullmatch(r"[\w./-]+\.(py|txt|ipynb)", name):

@@ -270,7 +270,8 @@ def usage(run: Taken, base: Base, merge: bool) -> str:
     names = ["AutoModelForCausalLM", kind, *(["BitsAndBytesConfig"] if quantised else []), *([] if merge else ["GenerationConfig"])]
     dtype = "auto" if merge else "float32" if cfg.compact else "bfloat16"
     load = [f'model = AutoModelForCausalLM.from_pretrained({how}, dtype="{dtype}"'
-            + (f", quantization_config=BitsAndBytesConfig(**{NF4})" if quantised else "") + ")"]
+            + (f", quantization_config=BitsAndBytesConfig(**{NF4})" if quantised else "")
+            + (")     # on a CPU float32" if dtype == "bfloat16" else ")")]
     if not merge:
         load += ['model = PeftModel.from_pretrained(model, ".")',
                  'model.generation_config = GenerationConfig.from_pretrained(".")     # and not the base\'s own']
