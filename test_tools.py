@@ -704,7 +704,7 @@ def test_a_run_in_four_bits_says_what_it_was_merged_into(home_run, tmp_path, cap
     page = card_of(exported(home_run, tmp_path / "whole", "--merge"))
     assert export.UNQUANTISED in capsys.readouterr().out and export.UNQUANTISED in page
     page = card_of(exported(home_run, tmp_path / "adapter"))
-    assert "quantization_config=BitsAndBytesConfig(**{'load_in_4bit': True" in page and export.UNQUANTISED not in page
+    assert "quantised = BitsAndBytesConfig(load_in_4bit=True, " in page and "quantization_config=quantised" in page and export.UNQUANTISED not in page
 
 
 def test_a_base_with_an_adapter_of_its_own_is_taken_home_merged(home_run, tmp_path, capsys):

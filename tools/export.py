@@ -121,6 +121,7 @@ def device_of(cfg: Config) -> str:
 def refuse(to: Path, run: Taken, base: Base, merge: bool) -> None:
     """UserError for a folder that can't be written to, for a base from which this can't be made, and without room for it."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils import find_adapter_config_file
     if to.is_symlink() or to.exists() and not (to.is_dir() and not any(to.iterdir())):
         raise UserError(f"--to {to}: is there already; give a new or empty folder")
     if not to.resolve().parent.is_dir():
@@ -129,7 +130,7 @@ def refuse(to: Path, run: Taken, base: Base, merge: bool) -> None:
         raise UserError(f"--to {to}: is in the run's own folder; give another place")
     if merge and getattr(base.config, "quantization_config", None):
         raise UserError(f"--merge: the weights of {run.cfg.model} are quantised already, and would be rounded again; leave it out")
-    if not merge and (Path(base.source) / "adapter_config.json").exists():
+    if not merge and find_adapter_config_file(base.source):
         raise UserError(f"--export {run.folder}: {run.cfg.model} holds an adapter of its own, which the run has as part of its "
                         "base; add --merge")
     size = (run.checkpoint / "adapter_model.safetensors").stat().st_size
@@ -269,9 +270,11 @@ def usage(run: Taken, base: Base, merge: bool) -> str:
     quantised = cfg.four_bit and not merge
     names = ["AutoModelForCausalLM", kind, *(["BitsAndBytesConfig"] if quantised else []), *([] if merge else ["GenerationConfig"])]
     dtype = "auto" if merge else "float32" if cfg.compact else "bfloat16"
-    load = [f'model = AutoModelForCausalLM.from_pretrained({how}, dtype="{dtype}"'
-            + (f", quantization_config=BitsAndBytesConfig(**{NF4})" if quantised else "")
-            + (")     # on a CPU float32" if dtype == "bfloat16" else ")")]
+    more = ("" if cfg.compact else ', device_map="auto"') + (", quantization_config=quantised" if quantised else "")
+    load = [f'model = AutoModelForCausalLM.from_pretrained({how}, dtype="{dtype}"{more})'
+            + ("     # on a CPU float32" if dtype == "bfloat16" and not quantised else "")]
+    if quantised:                                       # as the run had it
+        load.insert(0, f"quantised = BitsAndBytesConfig({', '.join(f'{name}={value!r}' for name, value in NF4.items())})")
     if not merge:
         load += ['model = PeftModel.from_pretrained(model, ".")',
                  'model.generation_config = GenerationConfig.from_pretrained(".")     # and not the base\'s own']
