@@ -600,6 +600,18 @@ def test_what_is_taken_home_answers_as_the_policy(tmp_path, monkeypatch, capsys,
     torch.testing.assert_close(torch.cat(theirs), policy.logprobs(rows)[0], rtol=1e-4, atol=1e-4)
 
 
+def test_a_merge_is_rounded_once_to_the_precision_of_its_base(tmp_path):
+    from safetensors.torch import load_file
+    write_model(tmp_path / "base").bfloat16().save_pretrained(tmp_path / "base")
+    policy = awake(Policy(stranger_config(tmp_path / "base", name="x")))
+    saved = load_file(exported(checkpointed(tmp_path / "x", policy), tmp_path / "out", "--merge") / "model.safetensors")
+    layer = policy.model.get_base_model().model.layers[1].mlp.up_proj
+    added = layer.scaling["default"] * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    assert {tensor.dtype for tensor in saved.values()} == {torch.bfloat16} and added.abs().max() > 0.01
+    expected = (layer.base_layer.weight.float() + added).bfloat16().cpu()
+    torch.testing.assert_close(saved["model.layers.1.mlp.up_proj.weight"], expected, rtol=2**-8, atol=0)
+
+
 def test_the_model_card_says_what_the_files_say(home_run, tmp_path):
     from huggingface_hub import ModelCard
     add_result(home_run, evaluation(HOSTILE, 6, 30, 120, notice=HOSTILE, temperature=0.4, versions={"torch": "2.0|"}))
