@@ -56,6 +56,7 @@ CHECKED = 8                                 # tokens of each answer that is comp
 PROBE_ROWS = 8                              # rows of the first probe of generation: as many longest prompts fill a PREFILL
 CPU_TOKENS = 32768                          # padded tokens of a batch on a CPU, at most
 DECODING = 2 * 2**30                        # bytes that decoding takes beside the cache: activations of PREFILL, logits, graphs
+NF4 = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype="bfloat16")
 SPARE = 0.85                                # share of the memory limit that budgets may fill; the rest is for holes
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -93,6 +94,25 @@ class Pair(Protocol):
 
 # ---- 1. Loading --------------------------------------------------------------------------------------------
 
+def source_of(model: str) -> tuple[str, dict[str, Any]]:
+    """Where a model's files are, and how they are read. UserError for a folder without a model."""
+    shipped = HERE / model                                  # assets/tiny is found from any working directory
+    source = str(shipped) if (shipped / "config.json").exists() else model
+    local = Path(source).is_dir()
+    if local and not (Path(source) / "config.json").exists():
+        raise UserError(f"--model {model}: the folder has no config.json; it must be a model saved by save_pretrained")
+    return source, dict(local_files_only=local, trust_remote_code=False)
+
+
+def keep_quiet() -> None:
+    """Keep from the terminal what other packages say of themselves."""
+    from transformers.utils.logging import disable_progress_bar
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)     # on kernels for 4 bits without CUDA
+    disable_progress_bar()
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")      # peft's to mend
+
+
 def load_tokenizer(source: str, how: dict[str, Any]) -> Any:
     """The tokenizer of a model, as its files describe it."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -107,19 +127,11 @@ def load_base(cfg: Settings, device: str, sharing: int) -> tuple[Any, Any, str]:
     """The tokenizer, the frozen base model and its fingerprint; in bf16 on a GPU (or NF4 with `four_bit`), in fp32 on a
     CPU. UserError for a model that can't be loaded as it was saved: to the last weight, and not quantised by others."""
     from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
-    shipped = HERE / cfg.model                              # assets/tiny is found from any working directory
-    source = str(shipped) if (shipped / "config.json").exists() else cfg.model
-    local = Path(source).is_dir()
-    if local and not (Path(source) / "config.json").exists():
-        raise UserError(f"--model {cfg.model}: the folder has no config.json; it must be a model saved by save_pretrained")
-    how: dict[str, Any] = dict(local_files_only=local, trust_remote_code=False)
+    source, how = source_of(cfg.model)
     try:
         tokenizer, config = load_tokenizer(source, how), AutoConfig.from_pretrained(source, **how)
         refuse_too_large(cfg, source, config, device, sharing)
-        base = fingerprint(source, config)
-        if cfg.base not in ("", base):
-            raise UserError(f"--model {cfg.model}: is another base model ({base}) than the one that the adapter was trained on "
-                            f"({cfg.base}); give that one")
+        base = same_base(cfg, source, config)
         quantised = getattr(config, "quantization_config", None)
         if quantised and device == "cpu":
             raise UserError(f"--model {cfg.model}: its weights are quantised already, which needs a CUDA device; give the model "
@@ -128,8 +140,7 @@ def load_base(cfg: Settings, device: str, sharing: int) -> tuple[Any, Any, str]:
         for part in (config, config.get_text_config()):
             for name in [n for n, value in vars(part).items() if re.search("drop(out)?$|pdrop|layerdrop", n) and value]:
                 setattr(part, name, 0.0)
-        quant = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                                   bnb_4bit_compute_dtype=torch.bfloat16) if cfg.four_bit and not quantised else None
+        quant = BitsAndBytesConfig(**NF4) if cfg.four_bit and not quantised else None
         model, report = AutoModelForCausalLM.from_pretrained(
             source, config=config, dtype=torch.bfloat16 if device == "cuda" else torch.float32, use_safetensors=True,
             device_map={"": torch.cuda.current_device()} if device == "cuda" else None, output_loading_info=True,
@@ -167,6 +178,15 @@ def fingerprint(source: str, config: Any) -> str:
                 f.seek(at)
                 seen.update(f.read(2**16 if path.suffix == ".safetensors" else -1))
     return seen.hexdigest()[:16]
+
+
+def same_base(cfg: Settings, source: str, config: Any) -> str:
+    """The fingerprint of a base model. UserError if the adapter was trained on another one."""
+    base = fingerprint(source, config)
+    if cfg.base not in ("", base):
+        raise UserError(f"--model {cfg.model}: is another base model ({base}) than the one that the adapter was trained on "
+                        f"({cfg.base}); give that one")
+    return base
 
 
 def refuse_too_large(cfg: Settings, source: str, config: Any, device: str, ranks: int) -> None:
@@ -360,11 +380,7 @@ class Policy:
 
     def __init__(self, cfg: Settings, adapter: Path | None = None, ranks: Ranks | None = None):
         from transformers import GenerationConfig
-        from transformers.utils.logging import disable_progress_bar
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)     # on kernels for 4 bits without CUDA
-        disable_progress_bar()
-        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")      # peft's to mend
+        keep_quiet()
         self.cfg: Any = cfg                     # may hold more than Settings, for those who made it
         self.ranks = ranks or Ranks()
         self.device = "cuda" if torch.cuda.is_available() and not cfg.compact else "cpu"

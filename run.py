@@ -27,7 +27,7 @@ import sys
 import threading
 import traceback
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
@@ -51,7 +51,7 @@ try:
     from ranks import Ranks, Torchrun, join
     from siri import PHASES, Config
     from skills import FLAG, NUMBER, TEXT, Form, count, misfit
-    from tools import bench, compare, metrics, play, probe, report
+    from tools import bench, compare, export, metrics, play, probe, report
     from tools.files import (
         OWN,
         checkpoints,
@@ -336,13 +336,17 @@ def record_evaluation(folder: Path, learner: siri.Learner, played: siri.Evaluati
 
 # ---- 4. Command line ---------------------------------------------------------------------------------------------------
 
-COMMANDS = {"report": compare.command, "play": play.command, "bench": bench.command, "probe": probe.command}
+COMMANDS: dict[str, Callable[..., None]] = {
+    "report": compare.command, "export": export.command, "play": play.command, "bench": bench.command, "probe": probe.command}
 ACTIONS = {     # without one: train
     "check": "can this machine install the requirements?",
     "resume": "go on with a run where it stopped; auto: with the run of these settings, or begin it",
     "eval": "play the panel with a run's last checkpoint",
     "with_skills": "with --eval: use the bank (ablation)",
     "report": "write RUN/report.html: one page with all that happened; of several runs: comparison.html beside the first",
+    "export": "take a run home: its adapter, model card, skills and sample episodes, into a folder of their own",
+    "to": "with --export: the folder, new or empty",
+    "merge": "with --export: the whole model, the adapter merged into it",
     "play": "play in the terminal; with a run: watch its policy play",
     "probe": "will a --model do? minutes instead of days: its answers and skills, and how many are well formed",
     "bench": "measure speed and memory beside what people would use instead; writes bench.json"}
@@ -381,8 +385,8 @@ def make_parser(defaults: Config | None = None) -> Parser:
                     argument_default=argparse.SUPPRESS, formatter_class=lambda prog: Help(prog, max_help_position=26, width=width))
     group = parser.add_argument_group("actions (without one: train)")
     for name, said in ACTIONS.items():
-        how: dict[str, Any] = dict(metavar="PARTS" if name == "bench" else "RUN", default=None)
-        if name in ("check", "with_skills"):
+        how: dict[str, Any] = dict(metavar={"bench": "PARTS", "to": "FOLDER"}.get(name, "RUN"), default=None)
+        if name in ("check", "with_skills", "merge"):
             how = dict(action="store_true", default=False)
         elif name == "probe":
             how = dict(action="store_const", const="", default=None)
@@ -421,8 +425,11 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, 
     several = [f"--{name}" for name in ("resume", "eval", *COMMANDS) if getattr(chosen, name) is not None]
     if len(several) > 1:
         raise UserError(f"{' and '.join(several)}: give one of them")
-    if chosen.with_skills and chosen.eval is None:
-        raise UserError("--with-skills: only together with --eval RUN")
+    for name, action in (("with_skills", "eval"), ("to", "export"), ("merge", "export")):
+        if getattr(chosen, name) and getattr(chosen, action) is None:
+            raise UserError(f"--{flag(name)}: only together with --{action} RUN")
+    if chosen.export is not None and not chosen.to:
+        raise UserError(f"--export {chosen.export}: add --to FOLDER")
     if chosen.report is not None and given:
         raise UserError(f"--{flag(next(iter(given)))}: --report takes no settings")
     return chosen, given
@@ -598,7 +605,8 @@ def act(chosen: argparse.Namespace, given: dict[str, Any], held: ExitStack, rank
         if getattr(chosen, name) is not None:
             if ranks.size > 1:
                 raise UserError(f"--{name}: is for one process; leave torchrun out")
-            return command(getattr(chosen, name), given)
+            options = dict(to=chosen.to, merge=chosen.merge) if name == "export" else {}
+            return command(getattr(chosen, name), given, **options)
     lock: Lock | None = None
 
     def find() -> dict[str, Any]:

@@ -1108,6 +1108,21 @@ def test_any_checkpoint_file_works_or_is_named(parked_run, data, name, action, m
     works_or_says_why(call(action, folder, *more), name)
 
 
+@slow
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+@pytest.mark.parametrize("name", ["config.json", "results.json", "samples/0000.json", "adapter_config.json", "progress.json", "skills.json"])
+def test_any_run_is_taken_home_or_its_file_is_named(parked_run, data, name):
+    folder = fresh(parked_run / "template", parked_run / "x")
+    last = latest_checkpoint(folder)
+    path = folder / name if (folder / name).exists() and name != "skills.json" else last / name
+    write_damaged(path, data.draw(damaged_json(json.loads(path.read_text()))))
+    sign(last)
+    shutil.rmtree(parked_run / "out", ignore_errors=True)
+    works_or_says_why(call("--export", folder, "--to", parked_run / "out"), path.name, "siri: --")
+    assert not (parked_run / "out.writing").exists()
+
+
 @st.composite
 def damaged_game(draw, data):
     """The text of a game file, torn or with other values, or a word of its PDDL or grammar in the place of another."""

@@ -30,11 +30,11 @@ import gigpo
 import ranks
 import siri
 import skills
-from conftest import CHATML, HERE, config, learner_of, new_bank, slow, stranger_config, write_model
+from conftest import CHATML, HERE, awake, config, learner_of, new_bank, offline, slow, some_rows, stranger_config, write_model
 from conftest import metrics as run_metrics
-from policy import Policy, UserError
-from run import ACTIONS, add_result, append_metrics, main, parse_arguments, save_sample, write_report
-from tools import bench, compare, exercises, figures, imitation, metrics, probe, report
+from policy import Policy, UserError, make_optimizer
+from run import ACTIONS, add_result, append_metrics, main, parse_arguments, save_checkpoint, save_sample, write_report
+from tools import bench, compare, exercises, export, figures, imitation, metrics, probe, report
 from tools import play as terminal
 from tools.files import latest_checkpoint, read_json, write_json
 from tools.metrics import wilson
@@ -742,7 +742,196 @@ def test_play_with_a_run_needs_its_checkpoint(tmp_path):
     with pytest.raises(UserError, match="holds no checkpoint"):
         terminal.command(str(tmp_path), {})
 
-# ---- 3. the lessons --------------------------------------------------------------------------------------------------
+# ---- 3. a run taken home ---------------------------------------------------------------------------------------------
+
+
+def checkpointed(folder, policy, **progress):
+    """The folder with the policy's settings and a checkpoint, as a run of it has them."""
+    policy.cfg.base = policy.base
+    (folder / "checkpoints").mkdir(parents=True)
+    write_json(folder / "config.json", dataclasses.asdict(policy.cfg))
+    bank = skills.SkillBank.from_json(read_json(folder / "skills.json")) if (folder / "skills.json").exists() else new_bank()
+    save_checkpoint(folder, learner_of(policy, optimizer=make_optimizer(policy), bank=bank,
+                                       progress=siri.Progress(**{"iteration": 6, "phase": 2, "milestones": 3, **progress})))
+    return folder
+
+
+@pytest.fixture
+def home_run(reported):
+    return checkpointed(reported, tiny_policy())
+
+
+def exported(run, to, *flags):
+    assert main(["--export", str(run), "--to", str(to), *flags]) == 0
+    return to
+
+
+def card_of(folder):
+    return (folder / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("merge", [False, True], ids=["adapter", "merged"])
+@pytest.mark.parametrize("kind", ["tiny", "stranger"])
+def test_what_is_taken_home_answers_as_the_policy(tmp_path, monkeypatch, capsys, request, kind, merge):
+    """By the card's own program, which imports transformers and peft only: the same greedy tokens, and the same log-probabilities up to
+    the rounding of a merge. The stranger's base has padded rows that shout and a generation_config that asks for another distribution."""
+    overrides = dict(name="x", eval_temperature=0.0, max_response=8)
+    if kind == "tiny":
+        cfg = resolve({"preset": "tiny", **overrides})[0]
+    else:
+        cfg = stranger_config(request.getfixturevalue("stranger_folder"), **overrides)
+    policy = awake(Policy(cfg))
+    run = checkpointed(tmp_path / "x", policy)
+    to = exported(run, tmp_path / "out", *["--merge"] * merge)
+    program = re.search(r"```python\n(.*?)```", card_of(to), re.S)[1]
+    imported = {node.module for node in ast.walk(ast.parse(program)) if isinstance(node, ast.ImportFrom)}
+    assert imported == ({"transformers"} if merge else {"transformers", "peft"}) and "import torch" not in program
+    monkeypatch.chdir(to)
+    said = {}
+    for text, here in (("...", "look look "), ("assets/tiny", str(HERE / "assets/tiny")), ("bfloat16", "float32")):    # as the policy has it
+        program = program.replace(f'"{text}"', f'"{here}"')
+    exec(program, said)
+    prompts, model, tokenizer = [policy.encode("look " * n) for n in (2, 1, 5, 9, 14)], said["model"], said["tokenizer"]
+    expected = policy.generate(prompts, 0.0, cfg.max_response)
+    assert said["asked"]["input_ids"][0].tolist() == prompts[0] and len({*map(tuple, expected)}) > 1
+    ends = {} if kind == "tiny" else dict(stop_strings=["</action>", "</skill>"], tokenizer=tokenizer)
+    for prompt, answer in zip(prompts, expected):
+        ids = model.generate(input_ids=torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=int), **ends)[0, len(prompt):].tolist()
+        assert ids == answer
+    rows = some_rows(policy)
+    theirs = [model(input_ids=torch.tensor([[*r.prompt, *r.response]])).logits[0, len(r.prompt) - 1:-1, :policy.vocab].log_softmax(-1)
+              .gather(-1, torch.tensor(r.response)[:, None])[:, 0] for r in rows]
+    torch.testing.assert_close(torch.cat(theirs), policy.logprobs(rows)[0], rtol=1e-4, atol=1e-4)
+
+
+def test_a_merge_is_rounded_once_to_the_precision_of_its_base(tmp_path):
+    from safetensors.torch import load_file
+    write_model(tmp_path / "base").bfloat16().save_pretrained(tmp_path / "base")
+    policy = awake(Policy(stranger_config(tmp_path / "base", name="x")))
+    saved = load_file(exported(checkpointed(tmp_path / "x", policy), tmp_path / "out", "--merge") / "model.safetensors")
+    layer = policy.model.get_base_model().model.layers[1].mlp.up_proj
+    added = layer.scaling["default"] * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    assert {tensor.dtype for tensor in saved.values()} == {torch.bfloat16} and added.abs().max() > 0.01
+    expected = (layer.base_layer.weight.float() + added).bfloat16().cpu()
+    torch.testing.assert_close(saved["model.layers.1.mlp.up_proj.weight"], expected, rtol=2**-8, atol=0)
+
+
+def test_the_model_card_says_what_the_files_say(home_run, tmp_path):
+    from huggingface_hub import ModelCard
+    add_result(home_run, evaluation(HOSTILE, 6, 30, 120, notice=HOSTILE, temperature=0.4, versions={"torch": "2.0|"}))
+    page = card_of(exported(home_run, tmp_path / "out"))
+    data = ModelCard(page).data
+    assert (data.library_name, data.license, data.base_model) == ("peft", "other", None) and "lora" in data.tags
+    assert "its scores are not benchmark scores" in page and "<script" not in page and "\x1b" not in page and "\u202e" not in page
+    rows = [re.split(r" (?<!\\)\| ", line) for line in re.findall(r"^\| (.*?) \|$", page.partition("## Results")[2].partition("## Use")[0], re.M)]
+    lo, hi = wilson(105, 120)
+    assert {len(row) for row in rows} == {8} and ["final", "yes"] in [row[:2] for row in rows] and ["base", "no"] in [row[:2] for row in rows]
+    assert f"0.875 [{lo:.3f}, {hi:.3f}]" in page
+    assert "after 6 iterations (warm-up 2, mining 2, internalize 2)" in page and "--max-lora-rank 16" in page
+    assert envs.PROMPTS["alfworld", "compact"] in page
+
+
+def test_the_card_names_a_base_on_the_hub_and_the_licence_of_its_folder(monkeypatch, tmp_path):
+    import yaml
+    offline(monkeypatch)
+    run = SimpleNamespace(cfg=config(model="some/model"))
+    base = SimpleNamespace(on_hub=True, source="some/model")
+    front = yaml.safe_load(export.front_matter(run, base, merge=False))
+    assert front["base_model"] == "some/model" and front["base_model_relation"] == "adapter" and front["license_name"] == "see-the-base-model"
+    (tmp_path / "README.md").write_text("---\nlicense: other\nlicense_name: so\nlicense_link: https://e.x/y\ntags: [a]\n---\nlicense: mit\n")
+    assert export.licence(SimpleNamespace(source=str(tmp_path))) == dict(license="other", license_name="so", license_link="https://e.x/y")
+
+
+def test_skills_and_samples_go_along_one_a_line(home_run, tmp_path):
+    sample = read_json(home_run / "samples/0005.json")
+    sample["episodes"][0]["steps"][0]["advantage"] = math.nan
+    write_json(home_run / "samples/0005.json", sample)
+    to = exported(home_run, tmp_path / "out")
+    lines = {name: [json.loads(line, parse_constant=pytest.fail) for line in (to / f"{name}.jsonl").read_text().splitlines()]
+             for name in ("skills", "trajectories")}
+    bank = skills.SkillBank.from_json(read_json(home_run / "skills.json"))
+    assert [(s["condition"], s["strategy"], s["state"], s["pairings"], s["utility"], s["stderr"]) for s in lines["skills"]] == [
+        (s.condition, s.strategy, s.state, s.n, s.utility(1.0), s.stderr(1.0)) for s in bank.skills]
+    assert len(lines["trajectories"]) == len(sample["episodes"]) == 2
+    guided, plain = lines["trajectories"]
+    assert (guided["skill"], guided["phase"], plain["skill"], plain["success"]) == (bank.skills[0].text, "internalize", None, True)
+    assert [s["action"] for s in plain["steps"]] == ["go to desk 1", "look"] and guided["steps"][0]["advantage"] is None
+    told = (HERE / "docs/export.md").read_text().partition("## What is in it")[2]
+    names = {name for line in lines["skills"] + lines["trajectories"] + plain["steps"] for name in line}
+    assert names <= set(re.findall(r"`(\w+)`", told))
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken_home(home_run, tmp_path, capsys):
+    save_checkpoint(home_run, learner_of(tiny_policy(), optimizer=make_optimizer(tiny_policy()), progress=siri.Progress(7, 2, milestones=3)))
+    (home_run / "checkpoints/00007-2/adapter_model.safetensors").write_bytes(b"")
+    to = exported(home_run, tmp_path / "out")
+    told = capsys.readouterr()
+    assert "00007-2 cannot be used" in told.err and "00006-2" in told.out and "Checkpoint 00006-2" in card_of(to)
+
+
+@pytest.mark.parametrize("flags, spoil, said", [
+    ("--to full", lambda cwd, run: (cwd / "full/x").mkdir(parents=True), "full: is there already"),
+    ("--to link", lambda cwd, run: (cwd / "link").symlink_to(cwd), "link: is there already"),
+    ("--to a/b", None, "a is not there"), ("--to finished/out", None, "in the run's own folder"), ("", None, "add --to FOLDER"),
+    ("--to out --seed 1", None, "--seed: --export takes no settings but --model"),
+    ("--to out --model elsewhere", None, "could not be read"),
+    ("--to out --model assets/tiny-webshop", None, "is another base model"),
+    ("--to out", lambda cwd, run: (cwd / "out.writing").mkdir(), "out.writing: is there"),
+    ("--to out", lambda cwd, run: (run / "skills.json").symlink_to("x") if (run / "skills.json").unlink() is None else 0, "is a link"),
+    ("--to out", lambda cwd, run: (run / "checkpoints/00006-2/manifest.json").unlink(), "no sound checkpoint"),
+    ("--to out", lambda cwd, run: (run / "config.json").write_text('{"lora_r": "x"}'), "lora_r")])
+def test_what_cannot_be_taken_home_is_one_line(home_run, tmp_path, monkeypatch, capsys, flags, spoil, said):
+    offline(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    if spoil:
+        spoil(tmp_path, home_run)
+    before = sorted(tmp_path.iterdir())
+    assert main(["--export", str(home_run), *flags.split()]) == 2
+    err = capsys.readouterr().err
+    assert said in err.splitlines()[-1] and err.startswith("siri: ") and sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("flags", ["--to x", "--merge", "--eval runs/x --merge"])
+def test_the_options_of_an_export_are_refused_elsewhere(flags, capsys):
+    assert main(flags.split()) == 2 and "only together with --export RUN" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("merge", [False, True], ids=["adapter", "merged"])
+def test_a_full_disk_leaves_nothing_half_written(home_run, tmp_path, monkeypatch, capsys, merge):
+    """Before it is written, if the room is too little by then; or by a limit of file size, as when it fills meanwhile."""
+    import resource
+    import shutil
+    flags = ["--export", str(home_run), "--to", str(tmp_path / "out"), *["--merge"] * merge]
+    with monkeypatch.context() as full:
+        full.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2**26))
+        assert main(flags) == 2 and "are free; make room" in capsys.readouterr().err
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**17, limits[1]))
+        status = main(flags)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert status == 2 and "File too large" in capsys.readouterr().err and [p.name for p in tmp_path.iterdir()] == ["finished"]
+
+
+def test_a_run_in_four_bits_says_what_it_was_merged_into(home_run, tmp_path, capsys):
+    write_json(home_run / "config.json", read_json(home_run / "config.json") | dict(four_bit=True))
+    capsys.readouterr()
+    page = card_of(exported(home_run, tmp_path / "whole", "--merge"))
+    assert export.UNQUANTISED in capsys.readouterr().out and export.UNQUANTISED in page
+    page = card_of(exported(home_run, tmp_path / "adapter"))
+    assert "quantised = BitsAndBytesConfig(load_in_4bit=True, " in page and "quantization_config=quantised" in page and export.UNQUANTISED not in page
+
+
+def test_a_base_with_an_adapter_of_its_own_is_taken_home_merged(home_run, tmp_path, capsys):
+    run = export.read_run(home_run, None)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    base = dataclasses.replace(export.read_base(run.cfg), source=str(tmp_path))
+    with pytest.raises(UserError, match="an adapter of its own.*add --merge"):
+        export.refuse(tmp_path / "out", run, base, merge=False)
+    export.refuse(tmp_path / "out", run, base, merge=True)
+
+# ---- 4. the lessons --------------------------------------------------------------------------------------------------
 
 
 LESSONS = sorted(HERE.glob("notebooks/*.ipynb"))
@@ -888,7 +1077,8 @@ def test_a_class_copy_has_no_outputs_and_no_answers(tmp_path):
     again = subprocess.run(command, capture_output=True, text=True)
     assert again.stderr.startswith(f"siri: {folder} is there already") and again.returncode == 1
 
-# ---- 4. What the documentation promises ------------------------------------------------------------------------------
+
+# ---- 5. What the documentation promises ------------------------------------------------------------------------------
 
 
 README = (HERE / "README.md").read_text()
@@ -898,7 +1088,7 @@ COMMANDS = [line.strip() for page in PAGES for block in re.findall(r"```bash\n(.
 MODULES = ("gigpo", "skills", "distill", "envs", "decode", "ranks", "policy", "siri", "run")
 
 
-@pytest.mark.parametrize("module", [gigpo, distill, skills, envs, ranks, siri, metrics, figures, compare], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [gigpo, distill, skills, envs, ranks, siri, metrics, figures, compare, export], ids=lambda module: module.__name__)
 def test_examples_in_docstrings_run(module):
     result = doctest.testmod(module)
     assert result.attempted > 0 and result.failed == 0
@@ -933,7 +1123,7 @@ def imports_of(path):
 def test_every_room_imports_only_what_is_below_it():
     """No circle: the method knows neither run nor tools, the policy no SIRI, the mathematics nothing of the house."""
     floors = [{"gigpo", "skills", "distill", "envs", "decode", "ranks"}, {"policy"}, {"siri"}, {"tools.metrics", "tools.files", "tools.check"},
-              {"tools.settings"}, {"tools.report", "tools.play", "tools.exercises", "tools.bench", "tools.probe", "tools.imitation"}, {"tools.compare"}, {"run"}]
+              {"tools.settings"}, {"tools.report", "tools.play", "tools.exercises", "tools.bench", "tools.probe", "tools.imitation"}, {"tools.compare", "tools.export"}, {"run"}]
     below = {"tools.figures", "tools.oracle", "tools.terminal", "tools.limits", "tools.lesson", "tools.class_copy"}                     # of which nothing of the house is used but envs
     for floor in floors:
         for name in floor:
@@ -991,7 +1181,7 @@ def test_names_on_a_page_exist(page):
     tests = {name for path in HERE.glob("test_*.py") for name in re.findall(r"^def (test_\w+)", path.read_text(), re.M)}
     for name in re.findall(r"`([^`\n]+)`", page.read_text()):
         if match := re.fullmatch(rf"({'|'.join(MODULES)})\.(\w+)(\.\w+)?(\(.*\))?", name):
-            assert match[2] in ("py", "json") or hasattr(importlib.import_module(match[1]), match[2]), name
+            assert match[2] in ("py", "json", "jsonl") or hasattr(importlib.import_module(match[1]), match[2]), name
         if re.fullmatch(r"test_\w+", name):
             assert name in tests, name
         if re.fullmatch(r"[\w./-]+\.(py|txt|ipynb)", name):

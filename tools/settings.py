@@ -140,15 +140,21 @@ def conflicts(cfg: Config, given: dict[str, Any]) -> Iterable[tuple[str, str]]:
     yield from ((name, problem) for name, wrong, problem in rules if wrong)
 
 
-def load_config(folder: Path, changes: dict[str, Any]) -> Config:
-    """The settings that a run was saved with, changed by the flags of this call. UserError if they are malformed or
-    don't go together."""
+def saved_settings(folder: Path) -> dict[str, Any]:
+    """The settings that a run was saved with. UserError if one is malformed."""
     path = folder / "config.json"
     saved = read_json(path)
     forms = {f.name: f.metadata["form"] for f in dataclasses.fields(Config)}
     there = {name: forms[name] for name in forms if isinstance(saved, dict) and name in saved}
     if problem := misfit(saved, there, "settings"):
         raise UserError(f"{path}: {problem}; not a run of this version: begin a new one, or go on with the version that made it")
+    return saved
+
+
+def load_config(folder: Path, changes: dict[str, Any]) -> Config:
+    """The settings that a run was saved with, changed by the flags of this call. UserError if they are malformed or
+    don't go together."""
+    path, saved = folder / "config.json", saved_settings(folder)
     for f in ("webshop_split", "webshop_size", "webshop_goals") if saved.get("env") == "webshop" else ():
         old = saved.get(f, getattr(Config, f))
         if changes.get(f, old) != old:
