@@ -67,7 +67,7 @@ try:
         write_text,
     )
     from tools.imitation import cold_start
-    from tools.settings import PRESETS, choose_preset, flag, load_config, make_environment, resolve
+    from tools.settings import PRESETS, choose_preset, flag, load_config, make_environment, resolve, run_name
     from tools.terminal import printable, say
 except ModuleNotFoundError as error:
     sys.exit(missing(error.name))
@@ -481,7 +481,7 @@ def find_run(chosen: argparse.Namespace, given: dict[str, Any], held: ExitStack)
     name, cfg = chosen.resume if chosen.eval is None else chosen.eval, None
     if name in (None, "auto"):
         cfg, reason = resolve(given)
-        cfg.name = cfg.name or f"{cfg.env}-{cfg.preset}-{cfg.variant}-seed{cfg.seed}"
+        cfg.name = cfg.name or run_name(cfg)
     folder = Path(name) if cfg is None else Path("runs") / cfg.name
     if cfg and not (name and checkpoints(folder)):
         return Run(cfg, folder, reason, None), prepare_folder(cfg, held)

@@ -41,10 +41,10 @@ def ask() -> str:
     return line
 
 
-def meaning(line: str, state: envs.State) -> str:
-    """The action that a line means; "" with a remark if it means none."""
+def meaning(line: str, state: envs.State, verbatim: bool = False) -> str:
+    """The action that a line means, `verbatim` or as `envs.parse_action` takes the policy's; "" with a remark if it means none."""
     numbered = {str(k): action for k, action in enumerate(state.admissible, 1)}
-    action = numbered.get(line, " ".join(line.lower().split()))      # words as `envs.parse_action` takes the policy's
+    action = numbered.get(line, line if verbatim else " ".join(line.lower().split()))
     if line.isdecimal() and line not in numbered:
         say(f"there is no command {line[:20]}: 1 to {len(numbered)}")
         return ""
@@ -63,7 +63,7 @@ def play(env: envs.Environment, task: envs.Task, cfg: siri.Config, policy: Calla
     except (OSError, ValueError, KeyError) as e:
         raise UserError(f"{task.id}: cannot be opened ({e}); mend or remove it") from e
     dice = itertools.count()                    # asked again, the policy may say something else
-    episode, watching = siri.Episode(task, None, state=game.start), False
+    episode, watching, verbatim = siri.Episode(task, None, state=game.start), False, getattr(env, "verbatim", False)
 
     def prompt() -> list[int]:
         return siri.fit_prompt(policy(), episode, None)
@@ -91,11 +91,11 @@ def play(env: envs.Environment, task: envs.Task, cfg: siri.Config, policy: Calla
                 elif line == "w":
                     watching = True
                 elif line:
-                    action = meaning(line, state)
+                    action = meaning(line, state, verbatim)
             if watching:
                 text = response()
                 say(f"the policy: {text}")
-                action = envs.parse_action(text) or ""
+                action = envs.parse_action(text, verbatim) or ""
             episode.steps.append(siri.Step([], [], "", action, state.observation, state.anchor, None))
             episode.state = game.step(state, action)
         score = f", score {state.score:.2f}" if env.scored else ""
