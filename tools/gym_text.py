@@ -37,7 +37,8 @@ class GymWorld:
     def tasks(self, split: str) -> Sequence[Task]:
         """By default one for each seed; no seed is in two splits. `task.data` is the seed that `reset` gets."""
         first = self.splits.index(split) * self.episodes
-        return [Task(f"{split}/{seed}", type(self).__name__, self.goal, split, seed) for seed in range(first, first + self.episodes)]
+        return [Task(f"{split}/{seed}", type(self).__name__.lower(), self.goal, split, seed)
+                for seed in range(first, first + self.episodes)]
 
     def admissible(self, info: Mapping[str, Any]) -> Sequence[str]:
         """The actions of a state: what `info` lists as `admissible_commands`, else `commands`."""
@@ -95,7 +96,7 @@ class GymGame:
         for action in state.engine:
             text = self.env.step(action)[0]
         if text != state.observation:
-            raise ValueError("the same seed and actions led to another text: the seed does not decide everything; try copies = True")
+            raise ValueError("the same seed and actions led to another text: the seed doesn't decide everything; try copies = True")
 
     def close(self) -> None:
         """Close the environment, if it can be closed."""

@@ -99,8 +99,9 @@ def sample(learner: siri.Learner, it: siri.Iteration) -> tuple[str, dict[str, An
 
 
 # What decides an evaluation beside the adapter and the panel.
-EVALUATED = ("env_hash", "model", "four_bit", "seed", "compact", "max_steps", "prompt_style", "history", "max_prompt", "max_response",
-             "alfworld_data", "webshop_data", "webshop_size", "webshop_goals", "webshop_split", "webshop_tagger", "observation")
+EVALUATED = ("model", "four_bit", "seed", "compact", "max_steps", "prompt_style", "history", "max_prompt", "max_response",
+             "alfworld_data", "webshop_data", "webshop_size", "webshop_goals", "webshop_split", "webshop_tagger", "observation",
+             "env_hash")
 
 
 def summarise(env: envs.Environment, cfg: Config, played: siri.Evaluation) -> dict[str, Any]:

@@ -158,7 +158,8 @@ def conflicts(cfg: Config, given: dict[str, Any]) -> Iterable[tuple[str, str]]:
         ("max_prompt", cfg.max_prompt + cfg.max_response > 10**6, "more than 1,000,000 tokens in a row; lower it"),
         ("lora_r", cfg.lora_r > 10**4, "larger than any layer; lower it"),
         ("distill_epochs", cfg.distill_epochs > 1000, "more than 1,000 passes ruin the policy; lower it"),
-        ("preset", cfg.env in SPLITS and cfg.preset in ("small", "paper", "paper48") and not cfg.generated and not has_data(vars(cfg))
+        ("preset", cfg.env in SPLITS and cfg.preset in ("small", "paper", "paper48") and not cfg.generated
+         and not has_data(vars(cfg))
          and (torch.cuda.is_available() or cfg.model == PRESETS[cfg.preset][cfg.env].get("model", Config.model)),
          f"it would train for days on generated games: {GET.get(cfg.env)}; or add --generated to want just that"),
         ("generated", cfg.generated and has_data(vars(cfg)), "data is given, too; leave one out, or unset $ALFWORLD_DATA"),

@@ -11,7 +11,6 @@ import difflib
 import hashlib
 import importlib
 import inspect
-import itertools
 import os
 import sys
 import traceback
@@ -30,7 +29,8 @@ from tools.terminal import say
 
 GIVEN = ("seed", "max_steps")               # what a constructor gets, if it takes it
 NEEDED = dict(tasks="tasks(split)", open="open(task)")
-NAMES = Form(lambda x: isinstance(x, (tuple, list)) and "train" in x and all(map(PHRASE.holds, x)), "names of splits, 'train' among them")
+NAMES = Form(lambda x: isinstance(x, (tuple, list)) and "train" in x and all(map(PHRASE.holds, x)),
+             "names of splits, 'train' among them")
 LOOKED_AT = 100                             # tasks of a sequence that makes them when they are asked for; of a list: all
 READ = 10                                   # first states of a split whose words a small policy must know
 
@@ -43,13 +43,19 @@ def is_own(env: str) -> bool:
 def cause(error: BaseException, file: str) -> str:
     """What an exception says, and from which line of the user's file it comes."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}" + f" (line {lines[-1]} of {Path(file).name})" * bool(lines)
+    place = f" (line {lines[-1]} of {Path(file).name})" if lines else ""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}{place}"
 
 
 def near(name: str, there: Iterable[str]) -> str:
     """A question for what was probably meant; empty if nothing is like it."""
     found = difflib.get_close_matches(name, [*there], 1)
     return f"; did you mean {found[0]}?" if found else ""
+
+
+def first(tasks: Sequence[envs.Task], n: int) -> list[envs.Task]:
+    """The first n tasks, of a sequence that may know no slices."""
+    return [tasks[i] for i in range(min(n, len(tasks)))]
 
 
 # ---- 1. Finding the class ---------------------------------------------------------------------------------------------
@@ -120,7 +126,7 @@ class Own:
 
     def wrong(self, problem: str, missing: str = "") -> UserError:
         """What is wrong with the class, and what may be meant by it."""
-        return UserError(f"--env {self.env}: {self.cls.__name__} {problem}{near(missing, vars(self.cls)) if missing else ''}")
+        return UserError(f"--env {self.env}: {self.cls.__name__} {problem}{near(missing, dir(self.cls)) if missing else ''}")
 
 
 def find(env: str) -> Own:
@@ -136,8 +142,8 @@ def find(env: str) -> Own:
     for method, form in NEEDED.items():
         if not callable(getattr(cls, method, None)):
             raise own.wrong(f"has no method {form}", method)
-    if strange := [p.name for p in own.parameters.values() if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-                   and p.name not in GIVEN]:
+    if strange := [p.name for p in own.parameters.values() if p.name not in GIVEN and p.default is p.empty
+                   and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]:
         raise own.wrong(f"needs {strange[0]} to be made; give it a default (known are {', '.join(GIVEN)})")
     assert own.splits and own.max_steps                 # they are there, or say what is wrong
     return own
@@ -176,8 +182,8 @@ class World:
 
     def check_tasks(self, split: str, tasks: Sequence[envs.Task]) -> None:
         """UserError for tasks that can't be played, or told from each other."""
-        some, ids = (tasks if isinstance(tasks, (list, tuple)) else [tasks[i] for i in range(min(len(tasks), LOOKED_AT))]), set[str]()
-        if not len(some):
+        some, ids = tasks if isinstance(tasks, (list, tuple)) else first(tasks, LOOKED_AT), set[str]()
+        if not some:
             raise self.own.wrong(f"tasks({split!r}) is empty")
         for k, task in enumerate(some):
             fault = (f"a {type(task).__name__}, not an envs.Task" if not isinstance(task, envs.Task) else
@@ -237,8 +243,8 @@ def make(cfg: Any) -> World:
     own = find(cfg.env)
     world = World(own, cfg.seed, cfg.max_steps)
     enter_prompts(world)
-    both = {task.id for task in world.tasks("train")[:LOOKED_AT]} & {task.id for task in world.tasks(cfg.split)[:LOOKED_AT]}
-    if both and cfg.split != "train":
+    train, panel = ({task.id for task in first(world.tasks(split), LOOKED_AT)} for split in ("train", cfg.split))
+    if cfg.split != "train" and (both := train & panel):
         raise own.wrong(f"has task {min(both)!r} in train and in {cfg.split}; ids are unique over all splits")
     rehearse(world)
     if cfg.compact:
@@ -254,11 +260,12 @@ def enter_prompts(world: World) -> None:
     for style, text in prompts.items() if isinstance(prompts, dict) else [("prompts", prompts)]:
         if style not in ("full", "compact") or not isinstance(text, str):
             raise own.wrong("prompts is not a dictionary with a text for 'full', for 'compact', or both")
+        fields = dict(goal="-goal-", skill="-skill-", observation="-seen-")
         try:
-            filled = text.format(goal="-goal-", skill="-skill-", history="", step=1, observation="-seen-", actions="")
+            filled = text.format(**fields, history="", step=1, actions="")
         except (KeyError, ValueError, IndexError, AttributeError) as e:
-            raise own.wrong(f"prompts[{style!r}] cannot be filled in ({type(e).__name__}: {e}); double the braces that are text") from e
-        if lacks := [field for field, mark in (("goal", "-goal-"), ("skill", "-skill-"), ("observation", "-seen-")) if mark not in filled]:
+            raise own.wrong(f"prompts[{style!r}] cannot be filled in ({cause(e, own.file)}); double braces that are text") from e
+        if lacks := [field for field, mark in fields.items() if mark not in filled]:
             raise own.wrong(f"prompts[{style!r}] has no {{{lacks[0]}}}")
         envs.PROMPTS[own.env, style] = text
 
@@ -274,9 +281,9 @@ def rehearse(world: World) -> None:
             unsayable = [a for a in game.start.admissible if envs.parse_action(
                 f"<think></think><action>{a}</action>", world.verbatim) != a]
             action = game.start.admissible[0]
-            first = game.step(game.start, action)
-            if not first.done:
-                game.step(first, action)
+            once = game.step(game.start, action)
+            if not once.done:
+                game.step(once, action)
             again = game.step(game.start, action)
     except envs.MachineFault as e:
         raise UserError(str(e)) from e
@@ -285,9 +292,9 @@ def rehearse(world: World) -> None:
     if unsayable:
         raise own.wrong(f"has the action {unsayable[0]!r}, and answers lose capitals, tags and blanks that are not single: "
                         "write it otherwise, or keep capitals and blanks by verbatim = True")
-    if first != again:
-        raise own.wrong(f"step is not a function of its state: {action!r} from the start gave another state after other actions had "
-                        "been played; return new states and change nothing (a world with a memory: tools/gym_text.py)")
+    if once != again:
+        raise own.wrong(f"step is not a function of its state: {action!r} from the start gave another state once others had been "
+                        "played; return new states and change nothing (for a world with a memory: tools/gym_text.py)")
 
 
 def refuse_unknown_words(world: World, split: str, model: str) -> None:
@@ -296,7 +303,7 @@ def refuse_unknown_words(world: World, split: str, model: str) -> None:
     if folder is None:
         return                              # the policy itself will say so
     tokenizer, texts = load_tokenizer(str(folder), {}), set[str]()
-    for task in itertools.chain(world.tasks("train")[:READ], world.tasks(split)[:READ]):
+    for task in (*first(world.tasks("train"), READ), *first(world.tasks(split), READ)):
         with closing(world.open(task)) as game:
             texts |= {task.goal, game.start.observation, *game.start.admissible}
     known = lambda word: tokenizer.unk_token_id not in tokenizer.encode(word, add_special_tokens=False)
