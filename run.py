@@ -67,7 +67,7 @@ try:
         write_text,
     )
     from tools.imitation import cold_start
-    from tools.settings import PRESETS, choose_preset, flag, load_config, make_environment, resolve, run_name
+    from tools.settings import changes_of, choose_preset, flag, load_config, make_environment, resolve, run_name
     from tools.terminal import printable, say
 except ModuleNotFoundError as error:
     sys.exit(missing(error.name))
@@ -397,7 +397,7 @@ def defaults_in_force(argv: Sequence[str]) -> Config:
         known.add_argument(name)
     given = vars(known.parse_known_args([word for word in argv if word not in ("--help", "-h")])[0])
     preset, _ = choose_preset(given)
-    return Config(**{**PRESETS[preset][given.get("env", Config.env)], **given, "preset": preset})
+    return Config(**{**changes_of(preset, given.get("env", Config.env)), **given, "preset": preset})
 
 
 def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:

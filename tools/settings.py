@@ -55,18 +55,10 @@ def flag(name: str) -> str:
     return "4bit" if name == "four_bit" else name.replace("_", "-")
 
 
-<<<<<<< HEAD
 def choose_preset(settings: dict[str, Any]) -> tuple[str, str]:
     """The preset of these settings, by the device's memory where none is given, and why it is that. UserError for a preset or a
     benchmark that there isn't."""
-    preset, reason = settings.get("preset", "auto"), "chosen by --preset"
-=======
-def resolve(given: dict[str, Any], saved: dict[str, Any] | None = None) -> tuple[Config, str]:
-    """Preset, then the settings that a run was saved with, then the user's own, then checks. Returns the config and why
-    this preset. UserError if bad."""
-    settings = {**(saved or {}), **given}
     preset, reason, world = settings.get("preset", "auto"), "chosen by --preset", settings.get("env", Config.env)
->>>>>>> 40d4701 (A world of one's own by --env FILE.py:Class, and an adapter for Gymnasium-style text environments)
     if preset == "auto":
         gib = device_gib()
         preset = ("paper48" if gib >= 39 else "paper" if gib >= 20 else "small") if gib else "tiny"
@@ -74,10 +66,10 @@ def resolve(given: dict[str, Any], saved: dict[str, Any] | None = None) -> tuple
         if gib and world in GET and not has_data(settings) and not settings.get("generated"):
             reason = f"{reason}, for which preset {preset} is made, but no data: {GET[world]}, then the same command"
             preset = "tiny"
-<<<<<<< HEAD
-    for name, value, allowed in (("preset", preset, ("auto", *PRESETS)), ("env", settings.get("env", Config.env), SPLITS)):
-        if value not in allowed:
-            raise UserError(f"--{name} {value}: must be one of {', '.join(allowed)}")
+    if preset not in PRESETS:
+        raise UserError(f"--preset {preset}: must be one of {', '.join(('auto', *PRESETS))}")
+    if world not in SPLITS and not worlds.is_own(world):
+        raise UserError(f"--env {world}: must be one of {', '.join(SPLITS)}, or FILE.py:Class (docs/own-environment.md)")
     return preset, reason
 
 
@@ -86,14 +78,7 @@ def resolve(given: dict[str, Any], saved: dict[str, Any] | None = None) -> tuple
     this preset. UserError if bad."""
     settings = {**(saved or {}), **given}
     preset, reason = choose_preset(settings)
-    cfg = Config(**{**PRESETS[preset][settings.get("env", Config.env)], **settings, "preset": preset})
-=======
-    if preset not in ("auto", *PRESETS):
-        raise UserError(f"--preset {preset}: must be one of {', '.join(('auto', *PRESETS))}")
-    if world not in SPLITS and not worlds.is_own(world):
-        raise UserError(f"--env {world}: must be one of {', '.join(SPLITS)}, or FILE.py:Class (docs/own-environment.md)")
-    cfg = Config(**{**changes_of(preset, world), **settings, "preset": preset})
->>>>>>> 40d4701 (A world of one's own by --env FILE.py:Class, and an adapter for Gymnasium-style text environments)
+    cfg = Config(**{**changes_of(preset, settings.get("env", Config.env)), **settings, "preset": preset})
     for f in dataclasses.fields(cfg):
         value, form = getattr(cfg, f.name), f.metadata["form"]
         if problem := form.problem(value):
