@@ -298,19 +298,23 @@ def rehearse(world: World) -> None:
 
 
 def refuse_unknown_words(world: World, split: str, model: str) -> None:
-    """UserError if the small policy, whose vocabulary is closed, lacks a word of goals, first observations or actions."""
+    """UserError if the small policy, whose vocabulary is closed and in small letters, can't read goals and first observations, or
+    can't say an action."""
     folder = next((path for path in (HERE / model, Path(model)) if (path / "tokenizer.json").exists()), None)
     if folder is None:
         return                              # the policy itself will say so
-    tokenizer, texts = load_tokenizer(str(folder), {}), set[str]()
+    tokenizer, texts, actions = load_tokenizer(str(folder), {}), set[str](), set[str]()
     for task in (*first(world.tasks("train"), READ), *first(world.tasks(split), READ)):
         with closing(world.open(task)) as game:
-            texts |= {task.goal, game.start.observation, *game.start.admissible}
-    known = lambda word: tokenizer.unk_token_id not in tokenizer.encode(word, add_special_tokens=False)
-    if unknown := sorted({word for text in texts for word in text.split() if not known(word)}):
-        raise UserError(f"--model {model}: the small policy does not know {', '.join(map(repr, unknown[:5]))}"
-                        f"{' and more' * (len(unknown) > 5)}, words of {world.own.env}; give a chat model: "
-                        "--preset paper --no-4bit --model FOLDER")
+            texts |= {task.goal, game.start.observation}
+            actions |= {*game.start.admissible}
+    ids = lambda text: tokenizer.encode(text, add_special_tokens=False)
+    unknown = sorted({word for text in texts | actions for word in text.split() if tokenizer.unk_token_id in ids(word)})
+    unsaid = sorted(action for action in actions if tokenizer.decode(ids(action)) != action)
+    if unknown or unsaid:
+        lacks = "know the word" if unknown else "write the action"
+        raise UserError(f"--model {model}: the small policy cannot {lacks} {(unknown or unsaid)[0]!r} of {world.own.env}, one of "
+                        f"{len(unknown or unsaid)}; give a chat model: --preset paper --no-4bit --model FOLDER")
 
 
 def same_file(env: str, before: str) -> str:

@@ -11,7 +11,8 @@ class BookEnv:
     """As others write them: with a memory, a seed, and the five values of `step`."""
 
     def reset(self, *, seed=None, options=None):
-        self.place, self.looks = random.Random(seed).choice(PLACES), 0
+        rng = random.Random(seed)
+        self.place, self.looks = "shelf" if rng.random() < 0.8 else rng.choice(PLACES), 0
         return "you are in the middle of a room .", {}
 
     def step(self, action):
