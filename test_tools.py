@@ -929,21 +929,28 @@ def test_flags_of_an_own_world(abroad):
         with pytest.raises(UserError, match=says):
             resolve(dict(preset="smoke", **given))
     cfg = resolve(dict(preset="smoke", env="room.py:Room"))[0]
-    write_json(abroad / "config.json", dataclasses.asdict(cfg))
-    assert settings.load_config(abroad, {}) == cfg
+    (run := abroad / "runs/x").mkdir(parents=True)
+    write_json(run / "config.json", dataclasses.asdict(cfg))
+    assert settings.load_config(run, {}) == cfg
+    for inside in ("runs/x/samples/evil.py:Room", f"{abroad}/runs/../runs/x/evil.py:Room", "runs.x.evil:Room"):      # run folders hold no code
+        write_json(run / "config.json", dataclasses.asdict(cfg) | dict(env=inside))
+        with pytest.raises(UserError, match="code within the run folder"):
+            settings.load_config(run, {})
+    write_json(run / "config.json", dataclasses.asdict(cfg))
     os.chdir("/")
     with pytest.raises(UserError, match=r"no file /room.py; a relative path .*\(with the settings in .*config.json\)"):
-        settings.load_config(abroad, {})
-    assert settings.load_config(abroad, dict(env=f"{abroad}/room.py:Room")).env_hash == cfg.env_hash
+        settings.load_config(run, {})
+    assert settings.load_config(run, dict(env=f"{abroad}/room.py:Room")).env_hash == cfg.env_hash
     package = resolve(dict(preset="smoke", env="docs.examples.room:Room"))[0]                   # the repository is on the path here
     assert settings.run_name(package) == "docs.examples.room-Room-smoke-siri-seed0"
 
 
 def test_a_change_of_the_file_is_said_when_a_run_goes_on(abroad, capsys):
     cfg = resolve(dict(preset="smoke", env="room.py:Room"))[0]
-    write_json(abroad / "config.json", dataclasses.asdict(cfg))
+    (run := abroad / "runs/x").mkdir(parents=True)
+    write_json(run / "config.json", dataclasses.asdict(cfg))
     (abroad / "room.py").write_text(ROOM.replace("0.9", "0.8"))
-    assert settings.load_config(abroad, {}).env_hash != cfg.env_hash
+    assert settings.load_config(run, {}).env_hash != cfg.env_hash
     assert "warning: the file of room.py:Room has changed" in capsys.readouterr().out
 
 
@@ -965,6 +972,16 @@ def test_actions_prompts_and_length_are_as_the_world_has_them(abroad):
     assert "household" not in plain and "shop" not in plain and "['help', 'look']" in plain
     shown = envs.render_prompt("find a pen", dataclasses.replace(game.start, admissible=("help", "examine me")), [], style="compact", world="x.py:X")
     assert "can : help ; examine me" in shown
+
+
+def test_a_world_that_fails_later_loses_a_group_and_says_where(abroad):
+    room = looked_at(ROOM.replace("return self.state(f", "return 1 / (action != 'go to bed 1' or state.steps) and self.state(f").replace(
+        "found = action", "if action == 'dig':\n            return None\n        found = action").replace('"bed desk', '"desk bed'))
+    with envs.Games(room, room.tasks("train")[:2]) as games:
+        for g, action in enumerate(("go to bed 1", "dig")):
+            assert games.step(g, games.start(g), action) is None
+    assert games.lost[0] == "train/0: WorldError: ZeroDivisionError: division by zero (line 23 of room.py)"
+    assert games.lost[1] == "train/1: WorldError: step(state, action) is a NoneType, not an envs.State"
 
 
 class Count:

@@ -20,6 +20,7 @@ import numpy as np
 import envs
 import siri
 from policy import Policy, UserError
+from tools import worlds
 from tools.files import latest_checkpoint
 from tools.settings import load_config, make_environment, resolve
 from tools.terminal import say
@@ -100,6 +101,8 @@ def play(env: envs.Environment, task: envs.Task, cfg: siri.Config, policy: Calla
             episode.state = game.step(state, action)
         score = f", score {state.score:.2f}" if env.scored else ""
         say(f"\n{state.observation}\n=== {'success' if state.success else 'not solved'}{score}, {state.steps} steps")
+    except worlds.WorldError as e:
+        raise UserError(f"{task.id}: {e}") from e
     finally:
         game.close()
     return True

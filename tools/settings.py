@@ -171,6 +171,9 @@ def load_config(folder: Path, changes: dict[str, Any]) -> Config:
     there = {name: forms[name] for name in forms if isinstance(saved, dict) and name in saved}
     if problem := misfit(saved, there, "settings"):
         raise UserError(f"{path}: {problem}; not a run of this version: begin a new one, or go on with the version that made it")
+    if "env" not in changes and worlds.lies_in(saved.get("env", Config.env), folder):
+        raise UserError(f"{path}: env is {saved['env']}, code within the run folder, which is not executed; move it out and "
+                        "give --env")
     for f in ("webshop_split", "webshop_size", "webshop_goals") if saved.get("env") == "webshop" else ():
         old = saved.get(f, getattr(Config, f))
         if changes.get(f, old) != old:

@@ -7,6 +7,7 @@ by playing two steps of the first game; what the class may leave out is filled i
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
 import importlib
@@ -14,8 +15,7 @@ import inspect
 import os
 import sys
 import traceback
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, closing
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -33,6 +33,10 @@ NAMES = Form(lambda x: isinstance(x, (tuple, list)) and "train" in x and all(map
              "names of splits, 'train' among them")
 LOOKED_AT = 100                             # tasks of a sequence that makes them when they are asked for; of a list: all
 READ = 10                                   # first states of a split whose words a small policy must know
+
+
+class WorldError(ValueError):
+    """A class of the user's failed while it was played, or gave what can't be used; the message says where."""
 
 
 def is_own(env: str) -> bool:
@@ -58,7 +62,29 @@ def first(tasks: Sequence[envs.Task], n: int) -> list[envs.Task]:
     return [tasks[i] for i in range(min(n, len(tasks)))]
 
 
+@contextlib.contextmanager
+def located(file: str) -> Iterator[None]:
+    """WorldError, with the line in the user's file, for whatever is raised inside but MachineFault."""
+    try:
+        yield
+    except envs.MachineFault:
+        raise
+    except (Exception, SystemExit) as e:                # a user's code may raise anything
+        raise WorldError(cause(e, file)) from e
+
+
 # ---- 1. Finding the class ---------------------------------------------------------------------------------------------
+
+def file_of(where: str) -> Path:
+    """The file that is named before the colon, seen from the working folder."""
+    return Path(os.path.abspath(os.path.expanduser(where)))
+
+
+def lies_in(env: str, folder: Path) -> bool:
+    """Whether what `--env` names is in a folder: as a file, or as a module below the working folder."""
+    where = env.rpartition(":")[0]
+    return any(folder.resolve() in path.resolve().parents for path in (file_of(where), Path(where.replace(".", os.sep))))
+
 
 @lru_cache(maxsize=4)
 def executed(path: Path, code: bytes) -> ModuleType:
@@ -74,7 +100,7 @@ def executed(path: Path, code: bytes) -> ModuleType:
 def module_of(env: str, where: str) -> ModuleType:
     """The file or module in which the class is. UserError if it isn't there or can't be executed."""
     is_file = where.endswith(".py") or os.sep in where
-    path = Path(os.path.abspath(os.path.expanduser(where)))
+    path = file_of(where)
     if is_file and not path.is_file():
         raise UserError(f"--env {env}: there is no file {path}; a relative path is taken from the working folder: work where it "
                         "is, or give --env with its whole path")
@@ -83,7 +109,7 @@ def module_of(env: str, where: str) -> ModuleType:
             return executed(path, path.read_bytes())
         sys.path.append(os.getcwd())
         return importlib.import_module(where)
-    except (Exception, SystemExit) as e:                # a user's code may raise anything
+    except (Exception, SystemExit) as e:
         raise UserError(f"--env {env}: {where} cannot be imported: {cause(e, str(path))}") from e
 
 
@@ -195,38 +221,44 @@ class World:
             ids.add(task.id)
 
     def open(self, task: envs.Task) -> OwnGame:
-        """A game. Raises what the class raises, and TypeError or ValueError for a game that has not what it needs."""
+        """A game. WorldError if the class fails, or its game has not what it needs; MachineFault as it comes."""
         return OwnGame(self, task)
 
 
-class OwnGame(AbstractContextManager):
+class OwnGame(contextlib.AbstractContextManager):
     """A game of a World: steps are counted, and an episode ends when it is won or at `max_steps`, whatever the class says."""
 
     def __init__(self, world: World, task: envs.Task) -> None:
-        self.world, self.task, self.game = world, task, world.made.open(task)
+        self.world, self.task = world, task
+        with located(world.own.file):
+            self.game = world.made.open(task)
         for name, form in dict(start="start", step="step(state, action)").items():
             if not hasattr(self.game, name):
-                raise TypeError(f"what open(task) gives, a {type(self.game).__name__}, has no {form}{near(name, dir(self.game))}")
+                raise WorldError(f"what open(task) gives, a {type(self.game).__name__}, has no {form}{near(name, dir(self.game))}")
         self.start = replace(self.checked(self.game.start, "start"), steps=0)
 
     def step(self, state: envs.State, action: str) -> envs.State:
         """The state after an action. Raises as `World.open`."""
-        after, steps = self.checked(self.game.step(state, action), "step(state, action)"), state.steps + 1
+        with located(self.world.own.file):
+            after = self.game.step(state, action)
+        after, steps = self.checked(after, "step(state, action)"), state.steps + 1
         return replace(after, steps=steps, done=after.done or after.success or steps >= self.world.max_steps)
 
     def checked(self, state: Any, name: str) -> envs.State:
-        """The state with plain Python's numbers. TypeError or ValueError if it isn't one."""
+        """The state with plain Python's numbers. WorldError if it isn't one."""
         if not isinstance(state, envs.State):
-            raise TypeError(f"{name} is a {type(state).__name__}, not an envs.State")
+            raise WorldError(f"{name} is a {type(state).__name__}, not an envs.State")
         for field in ("observation", "anchor"):
             if not isinstance(value := getattr(state, field), str):
-                raise TypeError(f"{name}: {field} is a {type(value).__name__}, not a text")
+                raise WorldError(f"{name}: {field} is a {type(value).__name__}, not a text")
         if not isinstance(state.admissible, (tuple, list)) or not all(isinstance(a, str) for a in state.admissible):
-            raise TypeError(f"{name}: admissible is not a tuple of texts: {str(state.admissible)[:40]}")
+            raise WorldError(f"{name}: admissible is not a tuple of texts: {str(state.admissible)[:40]}")
+        with located(""):                               # numbers of numpy are fine
+            state = replace(state, admissible=tuple(state.admissible), reward=float(state.reward), done=bool(state.done),
+                            success=bool(state.success), valid=bool(state.valid), score=float(state.score))
         if self.world.scored and not 0 <= state.score <= 1:
-            raise ValueError(f"{name}: score is {state.score}, expected 0 to 1")
-        return replace(state, admissible=tuple(state.admissible), reward=float(state.reward), done=bool(state.done),
-                       success=bool(state.success), valid=bool(state.valid), score=float(state.score))
+            raise WorldError(f"{name}: score is {state.score}, expected 0 to 1")
+        return state
 
     def close(self) -> None:
         """The game is over; the class need not know."""
@@ -275,9 +307,9 @@ def rehearse(world: World) -> None:
     rollouts of a group share it."""
     own, task = world.own, world.tasks("train")[0]
     try:
-        with closing(world.open(task)) as game:
+        with world.open(task) as game:
             if not game.start.admissible:
-                raise ValueError("start: admissible is empty; list the actions")
+                raise WorldError("start: admissible is empty; list the actions")
             unsayable = [a for a in game.start.admissible if envs.parse_action(
                 f"<think></think><action>{a}</action>", world.verbatim) != a]
             action = game.start.admissible[0]
@@ -287,8 +319,8 @@ def rehearse(world: World) -> None:
             again = game.step(game.start, action)
     except envs.MachineFault as e:
         raise UserError(str(e)) from e
-    except Exception as e:
-        raise own.wrong(f"fails in a first game ({task.id}): {cause(e, own.file)}") from e
+    except WorldError as e:
+        raise own.wrong(f"fails in a first game ({task.id}): {e}") from e
     if unsayable:
         raise own.wrong(f"has the action {unsayable[0]!r}, and answers lose capitals, tags and blanks that are not single: "
                         "write it otherwise, or keep capitals and blanks by verbatim = True")
@@ -305,7 +337,7 @@ def refuse_unknown_words(world: World, split: str, model: str) -> None:
         return                              # the policy itself will say so
     tokenizer, texts, actions = load_tokenizer(str(folder), {}), set[str](), set[str]()
     for task in (*first(world.tasks("train"), READ), *first(world.tasks(split), READ)):
-        with closing(world.open(task)) as game:
+        with world.open(task) as game:
             texts |= {task.goal, game.start.observation}
             actions |= {*game.start.admissible}
     ids = lambda text: tokenizer.encode(text, add_special_tokens=False)
