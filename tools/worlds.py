@@ -86,13 +86,19 @@ def lies_in(env: str, folder: Path) -> bool:
     return any(folder.resolve() in path.resolve().parents for path in (file_of(where), Path(where.replace(".", os.sep))))
 
 
+def search(folder: Path) -> None:
+    """Have Python look for modules in a folder, too, after all others."""
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
+
+
 @lru_cache(maxsize=4)
 def executed(path: Path, code: bytes) -> ModuleType:
     """A file as a module; the same one for the same text. Its folder is searched for what it imports, after all others."""
     module = ModuleType(f"own_{path.stem}")
     module.__file__ = str(path)
     sys.modules[module.__name__] = module               # where dataclasses look for their module
-    sys.path.append(str(path.parent))
+    search(path.parent)
     exec(compile(code, str(path), "exec"), module.__dict__)
     return module
 
@@ -107,7 +113,7 @@ def module_of(env: str, where: str) -> ModuleType:
     try:
         if is_file:
             return executed(path, path.read_bytes())
-        sys.path.append(os.getcwd())
+        search(Path.cwd())
         return importlib.import_module(where)
     except (Exception, SystemExit) as e:
         raise UserError(f"--env {env}: {where} cannot be imported: {cause(e, str(path))}") from e
@@ -118,7 +124,7 @@ class Own:
     """A class of the user's, found and looked at."""
     env: str                            # as `--env` names it
     cls: Any
-    file: str
+    file: str                           # where it is written, which may be a module that the named one imports
 
     @property
     def digest(self) -> str:
@@ -164,7 +170,7 @@ def find(env: str) -> Own:
         there = [n for n, value in vars(module).items() if isinstance(value, type) and value.__module__ == module.__name__]
         raise UserError(f"--env {env}: {where} has no class {name or 'without a name'}"
                         + (near(name, there) or f"; its classes: {', '.join(there) or 'none'}"))
-    own = Own(env, cls, module.__file__ or "")
+    own = Own(env, cls, getattr(sys.modules.get(cls.__module__), "__file__", None) or module.__file__ or "")
     for method, form in NEEDED.items():
         if not callable(getattr(cls, method, None)):
             raise own.wrong(f"has no method {form}", method)
