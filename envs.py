@@ -184,6 +184,16 @@ For example, in another world: <think>The second book has the right author.</thi
 Now reply in the same form for your own world, with an action of your own list. In a search, write a query in words of your own.""",
     ("webshop", "compact"): """task : {goal}
 {skill}{history}now {step} : {observation}""",
+    ("own", "full"): """You are acting in a world that is told in text. Your task: {goal}
+{skill}{history}Step {step}. You now observe: {observation}
+You can take one of these actions: [{actions}]
+Your reply MUST hold exactly two elements, in this order: <think>one short sentence of reasoning</think> and \
+<action>one action, copied from the list</action>.
+For example, in another world: <think>The bridge is closed, so the ferry must do.</think><action>take the ferry</action>
+Now reply in the same form for your own world, with an action of your own list.""",
+    ("own", "compact"): """{history}now {step} : {observation}
+can : {actions}
+{skill}task : {goal}""",
 }
 
 
@@ -199,9 +209,11 @@ def render_prompt(goal: str, state: State, history: Sequence[Turn], *, skill: st
 
     The fields, and that `help` is not listed, are the GiGPO release's, the words ours; `skill` is the one line of S4.
     `style="compact"`, for the tiny policy, leaves out `look`, `inventory` and `examine`, too; on WebShop it has no list
-    but brackets what can be clicked, and stars what the task names. A pair that PROMPTS lacks raises KeyError.
+    but brackets what can be clicked, and stars what the task names. Of any other world than these two, all is shown as it
+    is, under the prompts of "own" if PROMPTS has none by its name. An unknown style raises KeyError.
     """
     recent = list(history)[-window:] if window else []
+    hidden = ("help",) * (world in ("alfworld", "webshop"))
     if style == "full":
         show = (lambda text: _after_task(text, goal)) if world == "webshop" else str
         past = "".join(f"[Observation {len(history) - len(recent) + i + 1}: {show(t.observation)} Action "
@@ -209,16 +221,16 @@ def render_prompt(goal: str, state: State, history: Sequence[Turn], *, skill: st
         past = f"Your last {len(recent)} of {len(history)} steps:\n{past}" if recent else ""
         advice = f"Advice from your own experience, which may help: {skill}\n" if skill else ""
         observation = show(state.observation)
-        actions = ", ".join(f"'{a}'" for a in state.admissible if a != "help")
+        actions = ", ".join(f"'{a}'" for a in state.admissible if a not in hidden)
     else:
-        brief = (lambda page: _brief_page(page, goal)) if world == "webshop" else _brief_room
+        brief = {"webshop": lambda page: _brief_page(page, goal), "alfworld": _brief_room}.get(world, str)
         past = "".join(f"saw : {brief(t.observation)}\ndid : {t.action}\n" for t in recent)
         advice = f"skill : {skill}\n" if skill else ""
         observation = _marked_page(state, goal) if world == "webshop" else brief(state.observation)
-        actions = " ; ".join(a for a in state.admissible if a not in ("help", "inventory", "look")
+        actions = " ; ".join(a for a in state.admissible if not hidden or a not in ("help", "inventory", "look")
                              and not a.startswith("examine"))
-    return PROMPTS[world, style].format(goal=goal, history=past, step=state.steps + 1, observation=observation,
-                                        actions=actions, skill=advice)
+    template = PROMPTS[(world, style) if (world, style) in PROMPTS else ("own", style)]
+    return template.format(goal=goal, history=past, step=state.steps + 1, observation=observation, actions=actions, skill=advice)
 
 
 def _brief_room(text: str) -> str:
@@ -261,15 +273,16 @@ def _brief_page(page: str, goal: str) -> str:
 _ACTION = re.compile(r"<action>(.*?)</action>", re.S)
 
 
-def parse_action(response: str) -> str | None:
-    """The text of the first `<action>...</action>`, lower-cased; None if there is none, or no thought anywhere.
+def parse_action(response: str, verbatim: bool = False) -> str | None:
+    """The text of the first `<action>...</action>`, lower-cased and with single blanks, or `verbatim`, but for white space around
+    it; None if there is none, or no thought anywhere.
 
     The GiGPO release asks for the same tags; without them it plays the action, or the last 30 characters, as invalid.
     """
     match = _ACTION.search(response)
     if match is None or "<think>" not in response or "</think>" not in response:
         return None
-    return " ".join(match.group(1).lower().split()) or None
+    return (match.group(1).strip() if verbatim else " ".join(match.group(1).lower().split())) or None
 
 
 # ---- 3. ALFWorld: TextWorld's engine, played functionally ---------------------------------------------------

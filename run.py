@@ -67,7 +67,7 @@ try:
         write_text,
     )
     from tools.imitation import cold_start
-    from tools.settings import PRESETS, choose_preset, flag, load_config, make_environment, resolve
+    from tools.settings import changes_of, choose_preset, flag, load_config, make_environment, resolve, run_name
     from tools.terminal import printable, say
 except ModuleNotFoundError as error:
     sys.exit(missing(error.name))
@@ -415,7 +415,7 @@ def defaults_in_force(argv: Sequence[str]) -> Config:
         known.add_argument(name)
     given = vars(known.parse_known_args([word for word in argv if word not in ("--help", "-h")])[0])
     preset, _ = choose_preset(given)
-    return Config(**{**PRESETS[preset][given.get("env", Config.env)], **given, "preset": preset})
+    return Config(**{**changes_of(preset, given.get("env", Config.env)), **given, "preset": preset})
 
 
 def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
@@ -505,7 +505,7 @@ def find_run(chosen: argparse.Namespace, given: dict[str, Any], held: ExitStack)
     name, cfg = chosen.resume if chosen.eval is None else chosen.eval, None
     if name in (None, "auto"):
         cfg, reason = resolve(given)
-        cfg.name = cfg.name or f"{cfg.env}-{cfg.preset}-{cfg.variant}-seed{cfg.seed}"
+        cfg.name = cfg.name or run_name(cfg)
     folder = Path(name) if cfg is None else Path("runs") / cfg.name
     if cfg and not (name and checkpoints(folder)):
         return Run(cfg, folder, reason, None), prepare_folder(cfg, held)

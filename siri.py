@@ -96,7 +96,9 @@ VARIANTS = {"siri": Variant(), "gigpo": Variant(phases=(0,)), "no_warmup": Varia
 class Config:
     """Every setting of a run. The command line has a flag for each field; presets (`tools/settings.py`) are sets of overrides."""
     # The defaults are the paper's setting on ALFWorld: Qwen2.5-7B-Instruct in 4 bits on one 24 GB GPU.
-    env: str = setting("alfworld", "benchmark", choices=tuple(SPLITS), section="task")
+    env: str = setting("alfworld", "alfworld, webshop, or a class of your own: FILE.py:Class or package.module:Class "
+                       "(docs/own-environment.md)", skills.PHRASE, section="task")
+    env_hash: str = setting("", "fingerprint of an own class's file; made when a run begins, and a change is said from then on")
     alfworld_data: str = setting("", "folder that holds json_2.1.1/; default $ALFWORLD_DATA, else generated games")
     generated: bool = setting(False, "generated games or shop on purpose, where a preset is for the benchmark's own data")
     webshop_data: str = setting("", "folder that holds items_shuffle*.json; default a generated catalogue")
@@ -106,7 +108,7 @@ class Config:
     webshop_tagger: str = setting("auto", "nouns of titles: stop-list or an installed spaCy model; auto: the latter if any")
     observation: str = setting("text", "how WebShop's pages are written", choices=("text", "text_rich"))
     compact: bool = setting(False, "small generated worlds, one household or shop (the tiny policy's) [O]")
-    max_steps: int = setting(50, "actions per episode; WebShop 15 [R]")
+    max_steps: int = setting(50, "actions per episode; WebShop 15 [R], an own class its `max_steps`")
     prompt_style: str = setting("full", "prompts for instruct models (full) or the tiny policy", choices=("full", "compact"))
     history: int = setting(2, "observation-action pairs in the prompt [R]", count(0))
     preset: str = setting("auto", "small, paper, paper48, tiny or smoke; auto: by device memory, tiny without a device or data",
@@ -177,7 +179,7 @@ class Config:
     variant: str = setting("siri", "the method, or an ablation", choices=tuple(VARIANTS), section="run")
     env_steps: int = setting(0, "stop after this many training environment steps, 0: no limit", count(0))
     panel: int = setting(0, "games of the evaluation panel, 0: the whole split", count(0))
-    split: str = setting("valid_seen", "split of the panel; WebShop test")
+    split: str = setting("valid_seen", "split of the panel; WebShop test, an own class the last of its `splits`")
     kl_warn: float = setting(1.0, "a mean KL above this (nats per token) gets a warning [O]")
     entropy_warn: float = setting(0.01, "a mean entropy below this (nats per token) gets a warning [O]")
     save_every: int = setting(1, "iterations between checkpoints: so many are repeated after a crash, at most")
@@ -307,7 +309,7 @@ def play_groups(policy: Policy, env: envs.Environment, groups: Sequence[Group], 
         g, e = players[i]
         # What can't be parsed is sent as "", which no world admits: it costs a step, and c of G6 [O].
         text = policy.answer(response)
-        action = envs.parse_action(text) or ""
+        action = envs.parse_action(text, getattr(env, "verbatim", False)) or ""
         if (after := games.step(g, e.state, action)) is None:
             return None
         # S9 distils into the prompt that there would have been without the skill: it is kept beside the real one.

@@ -34,7 +34,7 @@ from conftest import CHATML, HERE, awake, config, learner_of, new_bank, offline,
 from conftest import metrics as run_metrics
 from policy import Policy, UserError, make_optimizer
 from run import ACTIONS, add_result, append_metrics, main, parse_arguments, save_checkpoint, save_sample, write_report
-from tools import bench, compare, exercises, export, figures, imitation, metrics, probe, report
+from tools import bench, compare, exercises, export, figures, gym_text, imitation, metrics, probe, report, settings, worlds
 from tools import play as terminal
 from tools.files import latest_checkpoint, read_json, write_json
 from tools.metrics import wilson
@@ -1122,7 +1122,7 @@ def imports_of(path):
 
 def test_every_room_imports_only_what_is_below_it():
     """No circle: the method knows neither run nor tools, the policy no SIRI, the mathematics nothing of the house."""
-    floors = [{"gigpo", "skills", "distill", "envs", "decode", "ranks"}, {"policy"}, {"siri"}, {"tools.metrics", "tools.files", "tools.check"},
+    floors = [{"gigpo", "skills", "distill", "envs", "decode", "ranks"}, {"policy"}, {"siri"}, {"tools.metrics", "tools.files", "tools.check", "tools.worlds", "tools.gym_text"},
               {"tools.settings"}, {"tools.report", "tools.play", "tools.exercises", "tools.bench", "tools.probe", "tools.imitation"}, {"tools.compare", "tools.export"}, {"run"}]
     below = {"tools.figures", "tools.oracle", "tools.terminal", "tools.limits", "tools.lesson", "tools.class_copy"}                     # of which nothing of the house is used but envs
     for floor in floors:
@@ -1145,7 +1145,6 @@ def test_no_function_is_longer_than_a_screen(name):
 
 
 def test_the_pages_of_settings_and_columns_are_complete(runs):
-    from tools import settings
     assert (HERE / "docs/settings.md").read_text() == settings.page()
     columns = {*run_metrics(runs[0])[0], "score_plain", "score_plain_se", "score_skill", "score_skill_se"}
     told = (HERE / "docs/glossary.md").read_text().partition("## The columns")[2]
@@ -1324,3 +1323,234 @@ def test_a_cold_start_that_was_killed_is_made_again_to_the_same_policy(stranger_
 def test_the_tiny_policy_imitates_nothing(capsys):
     assert main(["--preset", "tiny", "--imitate", "3"]) == 2
     assert capsys.readouterr().err.startswith("siri: --imitate 3: the tiny policy has been taught already; leave it out")
+
+
+# ---- worlds of one's own ---------------------------------------------------------------------------------------------
+
+EXAMPLES, SHORT = HERE / "docs/examples", ("--preset smoke --warmup-max 1 --mining-max 1 --distill-max 1 --panel 2 --groups 2 "
+                                           "--group-size 2 --lora-r 4").split()
+ROOM = (EXAMPLES / "room.py").read_text()
+
+
+@pytest.fixture
+def abroad(tmp_path, monkeypatch):
+    """The working folder is outside the repository, with blanks and umlauts in its path; the examples are in it."""
+    folder = tmp_path / "eigene Räume"
+    shutil.copytree(EXAMPLES, folder, ignore=shutil.ignore_patterns("games"))
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    return folder
+
+
+def lesson():
+    """The world that notebook 6 writes on the spot, as a file."""
+    cells = json.loads((HERE / "notebooks/6_paper_setting_and_your_own_environment.ipynb").read_text())["cells"]
+    game, room = ("".join(cell["source"]) for cell in cells if re.search("^class (Search|Room)", "".join(cell["source"]), re.M))
+    return f"import envs\n{game}\n{room}"
+
+
+def phases_of(run):
+    with (run / "metrics.csv").open() as f:
+        return [int(row.split(",")[1]) for row in f.read().splitlines()[1:]]
+
+
+@pytest.mark.parametrize("env, name, panel", [
+    ("room.py:Room", "room-Room", "room test"), pytest.param("sub ordner/lesson.py:Room", "lesson-Room", "room test", marks=slow),
+    ("gym_room.py:GymRoom", "gym_room-GymRoom", "gymroom test")])
+def test_a_world_of_ones_own_goes_through_all_phases(abroad, capsys, env, name, panel):
+    (abroad / "sub ordner").mkdir()
+    (abroad / "sub ordner/lesson.py").write_text(lesson())
+    assert main([*SHORT, "--env", env]) == 0
+    run = abroad / f"runs/{name}-smoke-siri-seed0"
+    saved = read_json(run / "config.json")
+    assert phases_of(run) == [0, 1, 2] and saved["env"] == env and saved["max_steps"] == 2 and saved["split"] == "test"
+    assert re.fullmatch("[0-9a-f]{16}", saved["env_hash"])
+    if env == "room.py:Room":
+        assert main(["--resume", str(run), "--distill-max", "2"]) == 0 and phases_of(run) == [0, 1, 2, 2]
+        assert main(["--report", str(run)]) == 0
+    assert main(["--eval", str(run), "--panel", "3"]) == 0
+    results = read_json(run / "results.json")
+    assert results[-1]["label"] == "eval" and results[-1]["panel"] == f"{panel}, 3 games"
+    assert {r["settings"]["env_hash"] for r in results} == {saved["env_hash"]}
+
+
+def looked_at(text, env="room.py:Room", **given):
+    """The world that this text makes, after all checks."""
+    (file := worlds.Path("room.py")).write_text(text)
+    world = make_environment(resolve(dict(preset="smoke", env=env, **given))[0])
+    assert file.exists()
+    return world
+
+
+@pytest.mark.parametrize("old, new, says", [
+    ("def tasks", "def task", r"Room has no method tasks\(split\); did you mean task"),
+    ("def open", "def start", r"Room has no method open\(task\)$"),
+    ("    max_steps = 2\n", "", "Room has no max_steps; add it: max_steps = ..."),
+    ("max_steps = 2", "max_step = 2", "did you mean max_step"), ("max_steps = 2", "max_steps = '2'", "max_steps is '2', expected a whole"),
+    ("max_steps = 2", "max_steps, splits = 2, ('a', 'b')", "splits is .*expected names of splits, 'train' among them"),
+    ("max_steps = 2", "max_steps, name = 2, 3", "name is '3', expected a text"),
+    ("max_steps = 2", "max_steps, name = 2, 'webshop'", "has the name of a benchmark"),
+    ("max_steps = 2", "max_steps, scored = 2, 'no'", "scored is 'no', expected true or false"),
+    ("max_steps = 2", "max_steps, success_reward = 2, 0", "success_reward is '0', expected a finite number > 0"),
+    ("class Room", "class Raum", r"room.py has no class Room; its classes: Search, Raum$"), ("class Room", "class Rooms", "did you mean Rooms"),
+    ("def step", "def stop", r"open\(task\) gives, a Search, has no step\(state, action\); did you mean stop"),
+    ("self.start =", "self.begin =", "a Search, has no start"), ("return Search(task)", "return None", "a NoneType, has no start"),
+    ("import random", "import random random", "SyntaxError.*line 3"), ("import random", "import ran", r"No module named 'ran' \(line 3 of room.py"),
+    ("import random", "raise SystemExit(3)", r"cannot be imported: SystemExit: 3 \(line 3"),
+    ("self, seed", "self, size, seed", r"needs size to be made; give it a default \(known are seed, max_steps"),
+    ("self.usual =", "1 / 0\n        self.usual =", r"cannot be made: ZeroDivisionError: .*\(line 29 of room.py\)"),
+    ("range(300)", "range(0)", r"tasks\('train'\) is empty"), ("{split}/{i}", "{i}", "has task .* in train and in test; ids are unique"),
+    ("{split}/{i}", "{split}", r"\[1\] is another one of id 'train'"), ("split, data", "'train', data", r"tasks\('test'\)\[0\] is of split 'train'"),
+    ("out.append(Task(", "out.append((", "SyntaxError"), ("return out", "return [1]", "is a int, not an envs.Task"),
+    ("random.Random(split)", "dict(train=random)[split]", r"tasks\('test'\) fails: KeyError: 'test' \(line .*are its splits \('train', 'test'\)"),
+    ("return State(", "return str(", "in a first game .train/0.: TypeError"), ("return self.state(f", "return str or self.state(f", "is a type, not an envs.State"),
+    ("return State(text,", "return State(5,", "observation is a int, not a text"), ("tuple(f", "str(f", "admissible is not a tuple of texts"),
+    ("go to {place} 1\" for", "Go to {place} 1\" for", "has the action 'Go to bed 1', and answers lose capitals"),
+    ("in PLACES)", "in ())", "admissible is empty"),
+    ("return self.state(f\"you", "self.n = getattr(self, 'n', 0) + 1\n        return self.state(f\"{self.n} you", "step is not a function of its state"),
+    ("a room .", "a castle .", "--model assets/tiny: the small policy cannot know the word 'castle'.*--preset paper --no-4bit --model FOLDER"),
+    ("max_steps = 2", "max_steps, prompts = 2, dict(full='{goal} {skil}')", "prompts.'full'. cannot be filled in .KeyError: 'skil'"),
+    ("max_steps = 2", "max_steps, prompts = 2, dict(full='{goal} {observation}')", "prompts.'full'. has no {skill}")])
+def test_what_is_wrong_with_an_own_class_is_said_in_one_line(abroad, old, new, says):
+    assert ROOM.count(old)
+    with pytest.raises(UserError, match=says) as error:
+        looked_at(ROOM.replace(old, new))
+    assert "\n" not in str(error.value) and "--" in str(error.value)
+    assert looked_at(ROOM).name == "room"                                   # mended, and found again
+
+
+def test_flags_of_an_own_world(abroad):
+    for given, says in ((dict(env="room.py:Rom"), "did you mean Room"), (dict(env="nowhere.py:Room"), "there is no file .*Räume/nowhere.py"),
+                        (dict(env="room.py"), "FILE.py:Class"), (dict(env="no.such:Room"), "no.such cannot be imported"),
+                        (dict(env="room.py:Room", split="valid_seen"), "--split valid_seen: must be one of train, test"),
+                        (dict(env="room.py:Room", generated=True), "has no effect without --env alfworld or webshop")):
+        with pytest.raises(UserError, match=says):
+            resolve(dict(preset="smoke", **given))
+    cfg = resolve(dict(preset="smoke", env="room.py:Room"))[0]
+    (run := abroad / "runs/x").mkdir(parents=True)
+    write_json(run / "config.json", dataclasses.asdict(cfg))
+    assert settings.load_config(run, {}) == cfg
+    for inside in ("runs/x/samples/evil.py:Room", f"{abroad}/runs/../runs/x/evil.py:Room", "runs.x.evil:Room"):      # run folders hold no code
+        write_json(run / "config.json", dataclasses.asdict(cfg) | dict(env=inside))
+        with pytest.raises(UserError, match="code within the run folder"):
+            settings.load_config(run, {})
+    write_json(run / "config.json", dataclasses.asdict(cfg))
+    os.chdir("/")
+    with pytest.raises(UserError, match=r"no file /room.py; a relative path .*\(with the settings in .*config.json\)"):
+        settings.load_config(run, {})
+    assert settings.load_config(run, dict(env=f"{abroad}/room.py:Room")).env_hash == cfg.env_hash
+    package = resolve(dict(preset="smoke", env="docs.examples.room:Room"))[0]                   # the repository is on the path here
+    assert settings.run_name(package) == "docs.examples.room-Room-smoke-siri-seed0"
+
+
+def test_a_change_of_the_file_is_said_when_a_run_goes_on(abroad, capsys):
+    cfg = resolve(dict(preset="smoke", env="room.py:Room"))[0]
+    (run := abroad / "runs/x").mkdir(parents=True)
+    write_json(run / "config.json", dataclasses.asdict(cfg))
+    (abroad / "room.py").write_text(ROOM.replace("0.9", "0.8"))
+    assert settings.load_config(run, {}).env_hash != cfg.env_hash
+    assert "warning: the file of room.py:Room has changed" in capsys.readouterr().out
+
+
+def test_actions_prompts_and_length_are_as_the_world_has_them(abroad):
+    text = ROOM.replace("go to", "Go  to").replace("max_steps = 2", "max_steps, verbatim = 3, True\n    splits = ('dev', 'train', 'held out')\n"
+                                                   "    prompts = dict(full='{goal}|{skill}|{observation}|{actions}')")
+    room = looked_at(text, compact=False, prompt_style="full")
+    assert room.max_steps == 3 and room.own.splits[-1] == "held out" and envs.parse_action("<think></think><action> Go  to Bed </action>", True) == "Go  to Bed"
+    with room.open(room.tasks("held out")[0]) as game:
+        assert game.task.split == "held out"
+        prompt = envs.render_prompt("find a pen", game.start, [], world="room.py:Room")
+        assert prompt.startswith("find a pen||you are in the middle of a room .|'Go  to bed 1', ")
+        state = game.start
+        for _ in range(3):
+            state = game.step(state, "Go  to hell")
+        assert state.done and state.steps == 3 and not state.valid and not state.success
+    looked_at(ROOM)
+    plain = envs.render_prompt("find a pen", dataclasses.replace(game.start, admissible=("help", "look")), [], world="room.py:Room")
+    assert "household" not in plain and "shop" not in plain and "['help', 'look']" in plain
+    shown = envs.render_prompt("find a pen", dataclasses.replace(game.start, admissible=("help", "examine me")), [], style="compact", world="x.py:X")
+    assert "can : help ; examine me" in shown
+
+
+def test_a_world_that_fails_later_loses_a_group_and_says_where(abroad):
+    room = looked_at(ROOM.replace("return self.state(f", "return 1 / (action != 'go to bed 1' or state.steps) and self.state(f").replace(
+        "found = action", "if action == 'dig':\n            return None\n        found = action").replace('"bed desk', '"desk bed'))
+    with envs.Games(room, room.tasks("train")[:2]) as games:
+        for g, action in enumerate(("go to bed 1", "dig")):
+            assert games.step(g, games.start(g), action) is None
+    assert games.lost[0] == "train/0: WorldError: ZeroDivisionError: division by zero (line 23 of room.py)"
+    assert games.lost[1] == "train/1: WorldError: step(state, action) is a NoneType, not an envs.State"
+
+
+class Count:
+    """Three rights make a win: a Gymnasium-style environment with a memory, and with chance that its seed decides or not."""
+
+    def __init__(self, chance=False):
+        self.chance, self.played = chance, 0
+
+    def reset(self, *, seed):
+        self.at, self.noise = 0, self.played if self.chance else seed
+        return f"at 0 of {self.noise}", {"admissible_commands": ["left", "right"]}
+
+    def step(self, action):
+        self.played += 1
+        self.at += action == "right"
+        return f"at {self.at} of {self.noise}", float(self.at == 3), self.at == 3, action == "cut", {"admissible_commands": ["left", "right"]}
+
+
+class Counting(gym_text.GymWorld):
+    max_steps, goal, made = 5, "get to three", None
+
+    def make(self, task):
+        self.made = Count()
+        return self.made
+
+
+@pytest.mark.parametrize("copies", [False, True])
+def test_a_gym_environment_branches_like_a_function(copies):
+    """Interleaved rollouts see what each would see alone; `truncated` ends an episode and wins none."""
+    world = Counting()
+    world.copies = copies
+    game = world.open(world.tasks("test")[0])
+    assert game.start.observation == "at 0 of 200"                          # train has the seeds below
+    one = game.step(game.start, "right")
+    two = game.step(one, "right")
+    other = game.step(game.start, "left")
+    assert game.step(other, "right").observation == "at 1 of 200" and game.step(one, "right") is two
+    won, cut = game.step(two, "right"), game.step(two, "cut")
+    assert (won.done, won.success, won.reward, won.score) == (True, True, 1.0, 1.0)
+    assert (cut.done, cut.success, cut.reward, cut.valid) == (True, False, 0.0, False)
+    assert world.succeeded(0.0, {"success": True}) and not world.succeeded(1.0, {"success": False}) and world.succeeded(1.0, {})
+
+
+def test_a_gym_environment_that_its_seed_does_not_decide_is_found_out():
+    world = Counting()
+    world.make = lambda task: Count(chance=True)
+    game = world.open(world.tasks("train")[0])
+    state = game.step(game.start, "right")
+    game.step(state, "right")
+    with pytest.raises(ValueError, match="the seed doesn't decide everything; try copies = True"):
+        game.step(state, "left")
+    world.copies = True
+    game = world.open(world.tasks("train")[0])
+    state = game.step(game.start, "right")
+    assert game.step(game.step(state, "right"), "left").observation == game.step(game.step(state, "left"), "right").observation
+
+
+@slow
+def test_a_textworld_game_goes_through_all_phases(abroad, tmp_path, monkeypatch):
+    """Games of `tw-make`, with a random chat model; the small policy can't read them, and says so."""
+    for name, seed in (("train-1", 1), ("train-2", 2), ("test-1", 3)):
+        subprocess.run([f"{os.path.dirname(sys.executable)}/tw-make", "custom", "--world-size", "1", "--nb-objects", "3", "--quest-length", "1",
+                        "--seed", str(seed), "--output", f"games/{name}.z8", "--silent"], check=True)
+    with pytest.raises(UserError, match="small policy cannot know the word"):
+        make_environment(resolve(dict(preset="smoke", env="tw_game.py:TwGames"))[0])
+    write_model(tmp_path / "model")
+    chat = f"--env tw_game.py:TwGames --model {tmp_path}/model --no-compact --prompt-style full --max-prompt 2048 --max-steps 3".split()
+    assert main([*SHORT, *chat, "--panel", "1"]) == 0
+    run = abroad / "runs/tw_game-TwGames-smoke-siri-seed0"
+    assert phases_of(run) == [0, 1, 2] and main(["--resume", str(run), "--distill-max", "2"]) == 0 and main(["--eval", str(run)]) == 0
+    world = make_environment(resolve(dict(preset="paper", four_bit=False, model=str(tmp_path / "model"), env="tw_game.py:TwGames"))[0])
+    with world.open(world.tasks("train")[0]) as game:                       # its quest: one action
+        after = [game.step(game.start, action) for action in game.start.admissible]
+    assert sum(state.success and state.reward == 1 and state.done for state in after) == 1

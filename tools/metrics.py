@@ -100,7 +100,8 @@ def sample(learner: siri.Learner, it: siri.Iteration) -> tuple[str, dict[str, An
 
 # What decides an evaluation beside the adapter and the panel.
 EVALUATED = ("model", "four_bit", "seed", "compact", "max_steps", "prompt_style", "history", "max_prompt", "max_response",
-             "alfworld_data", "webshop_data", "webshop_size", "webshop_goals", "webshop_split", "webshop_tagger", "observation")
+             "alfworld_data", "webshop_data", "webshop_size", "webshop_goals", "webshop_split", "webshop_tagger", "observation",
+             "env_hash")
 
 
 def summarise(env: envs.Environment, cfg: Config, played: siri.Evaluation) -> dict[str, Any]:

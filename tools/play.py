@@ -22,6 +22,7 @@ import numpy as np
 import envs
 import siri
 from policy import Policy, UserError
+from tools import worlds
 from tools.files import latest_checkpoint
 from tools.settings import load_config, make_environment, resolve
 from tools.terminal import say
@@ -82,10 +83,10 @@ def page(state: envs.State, goal: str) -> tuple[str, list[str]]:
     return "\n".join(lines).rstrip(), actions
 
 
-def meaning(line: str, actions: list[str]) -> str:
-    """The action that a line means; "" with a remark if it means none."""
+def meaning(line: str, actions: list[str], verbatim: bool = False) -> str:
+    """The action that a line means, `verbatim` or as `envs.parse_action` takes the policy's; "" with a remark if it means none."""
     numbered = {str(k): action for k, action in enumerate(actions, 1)}
-    words = " ".join(line.lower().split())                          # as `envs.parse_action` takes the policy's
+    words = line if verbatim else " ".join(line.lower().split())
     action = numbered.get(line) or re.sub(r"^search ([^\[].*)$", r"search[\1]", words)
     if line.isdecimal() and line not in numbered:
         say(f"there is no command {line[:20]}: 1 to {len(numbered)}")
@@ -107,6 +108,7 @@ def play(env: envs.Environment, task: envs.Task, cfg: siri.Config, policy: Calla
     dice = itertools.count()                    # asked again, the policy may say something else
     episode, wanted = siri.Episode(task, None, state=game.start), "w" if watching else "n"
     show = room if cfg.env != "webshop" else lambda state: page(state, task.goal)
+    verbatim = getattr(env, "verbatim", False)
 
     def prompt() -> list[int]:
         return siri.fit_prompt(policy(), episode, None)
@@ -137,15 +139,17 @@ def play(env: envs.Environment, task: envs.Task, cfg: siri.Config, policy: Calla
                 elif line == "w":
                     wanted = line
                 elif line:
-                    action = meaning(line, actions)
+                    action = meaning(line, actions, verbatim)
             if wanted == "w":
                 text = response()
-                action = envs.parse_action(text) or ""
+                action = envs.parse_action(text, verbatim) or ""
                 say(f"the policy: {text}\n> {actions.index(action) + 1 if action in actions else action}")
             episode.steps.append(siri.Step([], [], "", action, state.observation, state.anchor, None))
             episode.state = game.step(state, action)
         score = f", score {state.score:.2f}" if env.scored else ""
         say(f"\n{show(state)[0]}\n=== {'success' if state.success else 'not solved'}{score}, {state.steps} steps")
+    except worlds.WorldError as e:
+        raise UserError(f"{task.id}: {e}") from e
     finally:
         game.close()
     while wanted == "w":

@@ -25,6 +25,7 @@ import siri
 from policy import UserError, device_gib, free_memory
 from siri import SPLITS, Config
 from skills import misfit
+from tools import worlds
 from tools.files import read_json
 
 TINY = dict(
@@ -57,17 +58,18 @@ def flag(name: str) -> str:
 def choose_preset(settings: dict[str, Any]) -> tuple[str, str]:
     """The preset of these settings, by the device's memory where none is given, and why it is that. UserError for a preset or a
     benchmark that there isn't."""
-    preset, reason = settings.get("preset", "auto"), "chosen by --preset"
+    preset, reason, world = settings.get("preset", "auto"), "chosen by --preset", settings.get("env", Config.env)
     if preset == "auto":
-        gib, world = device_gib(), settings.get("env", Config.env)
+        gib = device_gib()
         preset = ("paper48" if gib >= 39 else "paper" if gib >= 20 else "small") if gib else "tiny"
         reason = f"CUDA device with {gib:.0f} GiB" if gib else "no CUDA device"
         if gib and world in GET and not has_data(settings) and not settings.get("generated"):
             reason = f"{reason}, for which preset {preset} is made, but no data: {GET[world]}, then the same command"
             preset = "tiny"
-    for name, value, allowed in (("preset", preset, ("auto", *PRESETS)), ("env", settings.get("env", Config.env), SPLITS)):
-        if value not in allowed:
-            raise UserError(f"--{name} {value}: must be one of {', '.join(allowed)}")
+    if preset not in PRESETS:
+        raise UserError(f"--preset {preset}: must be one of {', '.join(('auto', *PRESETS))}")
+    if world not in SPLITS and not worlds.is_own(world):
+        raise UserError(f"--env {world}: must be one of {', '.join(SPLITS)}, or FILE.py:Class (docs/own-environment.md)")
     return preset, reason
 
 
@@ -76,7 +78,7 @@ def resolve(given: dict[str, Any], saved: dict[str, Any] | None = None) -> tuple
     this preset. UserError if bad."""
     settings = {**(saved or {}), **given}
     preset, reason = choose_preset(settings)
-    cfg = Config(**{**PRESETS[preset][settings.get("env", Config.env)], **settings, "preset": preset})
+    cfg = Config(**{**changes_of(preset, settings.get("env", Config.env)), **settings, "preset": preset})
     for f in dataclasses.fields(cfg):
         value, form = getattr(cfg, f.name), f.metadata["form"]
         if problem := form.problem(value):
@@ -84,10 +86,27 @@ def resolve(given: dict[str, Any], saved: dict[str, Any] | None = None) -> tuple
     for name, problem in conflicts(cfg, given):
         value = getattr(cfg, name)
         raise UserError(f"--{flag(name)}{'' if isinstance(value, bool) else f' {value}'}: {problem}")
+    if worlds.is_own(cfg.env):
+        cfg.env_hash = worlds.same_file(cfg.env, cfg.env_hash)
     cfg.date = cfg.date or datetime.date.today().isoformat()
     if cfg.env == "webshop" and cfg.webshop_tagger == "auto":
         cfg.webshop_tagger = envs.find_tagger()
     return cfg, reason
+
+
+def changes_of(preset: str, world: str) -> dict[str, Any]:
+    """What a preset changes. An environment of one's own has ALFWorld's, with its own length and its own last split. UserError for
+    a class that can't be found."""
+    if not worlds.is_own(world):
+        return PRESETS[preset][world]
+    own = worlds.find(world)
+    return PRESETS[preset]["alfworld"] | dict(max_steps=own.max_steps, split=own.splits[-1])
+
+
+def run_name(cfg: Config) -> str:
+    """The run folder's name, if none is given: from environment, preset, variant and seed."""
+    world = re.sub(r"[^\w.+-]+", "-", cfg.env.rpartition("/")[2].replace(".py:", "-")).lstrip(".+-")
+    return f"{world}-{cfg.preset}-{cfg.variant}-seed{cfg.seed}"
 
 
 GET = dict(alfworld="get the games with `alfworld-download`, and set $ALFWORLD_DATA or give --alfworld-data",
@@ -108,12 +127,14 @@ def conflicts(cfg: Config, given: dict[str, Any]) -> Iterable[tuple[str, str]]:
     for names, needed, there in (
             ("alfworld_data", "--env alfworld", cfg.env == "alfworld"),
             ("webshop_data webshop_split webshop_tagger observation", "--env webshop", cfg.env == "webshop"),
-            ("webshop_size webshop_goals", "--webshop-data", cfg.webshop_data)):
+            ("webshop_size webshop_goals", "--webshop-data", cfg.webshop_data),
+            ("generated", "--env alfworld or webshop", cfg.env in SPLITS)):
         for name in names.split():
             if not there and given.get(name, getattr(Config, name)) != getattr(Config, name):
                 yield name, f"has no effect without {needed}; add that, or leave it out"
+    splits = SPLITS[cfg.env] if cfg.env in SPLITS else worlds.find(cfg.env).splits
     rules = [
-        ("split", cfg.split not in SPLITS[cfg.env], f"must be one of {', '.join(SPLITS[cfg.env])}"),
+        ("split", cfg.split not in splits, f"must be one of {', '.join(splits)}"),
         ("group_size", cfg.group_size % 2 and 1 in siri.VARIANTS[cfg.variant].phases,
          f"paired rollouts need an even group; use {cfg.group_size + 1}, or --variant gigpo"),
         ("four_bit", cfg.four_bit and not torch.cuda.is_available(),
@@ -122,9 +143,10 @@ def conflicts(cfg: Config, given: dict[str, Any]) -> Iterable[tuple[str, str]]:
         ("max_prompt", cfg.max_prompt + cfg.max_response > 10**6, "more than 1,000,000 tokens in a row; lower it"),
         ("lora_r", cfg.lora_r > 10**4, "larger than any layer; lower it"),
         ("distill_epochs", cfg.distill_epochs > 1000, "more than 1,000 passes ruin the policy; lower it"),
-        ("preset", cfg.preset in ("small", "paper", "paper48") and not cfg.generated and not has_data(vars(cfg))
+        ("preset", cfg.env in SPLITS and cfg.preset in ("small", "paper", "paper48") and not cfg.generated
+         and not has_data(vars(cfg))
          and (torch.cuda.is_available() or cfg.model == PRESETS[cfg.preset][cfg.env].get("model", Config.model)),
-         f"it would train for days on generated games: {GET[cfg.env]}; or add --generated to want just that"),
+         f"it would train for days on generated games: {GET.get(cfg.env)}; or add --generated to want just that"),
         ("generated", cfg.generated and has_data(vars(cfg)), "data is given, too; leave one out, or unset $ALFWORLD_DATA"),
         ("imitate", cfg.imitate and cfg.compact, f"the tiny policy has been taught already; leave it out, or {own}"),
         ("dual_clip", 0 < cfg.dual_clip <= 1, "must be above 1, or 0 for none"),
@@ -155,6 +177,9 @@ def load_config(folder: Path, changes: dict[str, Any]) -> Config:
     """The settings that a run was saved with, changed by the flags of this call. UserError if they are malformed or
     don't go together."""
     path, saved = folder / "config.json", saved_settings(folder)
+    if "env" not in changes and worlds.lies_in(saved.get("env", Config.env), folder):
+        raise UserError(f"{path}: env is {saved['env']}, code within the run folder, which is not executed; move it out and "
+                        "give --env")
     for f in ("webshop_split", "webshop_size", "webshop_goals") if saved.get("env") == "webshop" else ():
         old = saved.get(f, getattr(Config, f))
         if changes.get(f, old) != old:
@@ -167,7 +192,9 @@ def load_config(folder: Path, changes: dict[str, Any]) -> Config:
 
 
 def make_environment(cfg: Config) -> envs.Environment:
-    """The environment of these settings. UserError with what `envs.make` finds wrong."""
+    """The environment of these settings. UserError with what `envs.make` or `worlds.make` finds wrong."""
+    if worlds.is_own(cfg.env):
+        return worlds.make(cfg)
     data = cfg.webshop_data if cfg.env == "webshop" else cfg.alfworld_data
     shop = dict(size=cfg.webshop_size, goals=cfg.webshop_goals, split=cfg.webshop_split, observation=cfg.observation,
                 tagger=cfg.webshop_tagger) if cfg.env == "webshop" else {}
@@ -193,8 +220,8 @@ def page() -> str:
         default = "" if f.default == "" else f"`{f.default}`"
         lines.append(f"| `--{flag(f.name)}` | {default} | {f.metadata['meaning']} | {f.metadata['form'].words} |")
     lines += ["", "## What the presets change", "", "| preset | benchmark | settings |", "|---|---|---|"]
-    for preset, worlds in PRESETS.items():
-        for world, changes in worlds.items():
+    for preset, by_world in PRESETS.items():
+        for world, changes in by_world.items():
             lines.append(f"| {preset} | {world} | {', '.join(f'`{flag(k)} {v}`' for k, v in changes.items()) or 'none'} |")
     return "\n".join(lines) + "\n"
 
