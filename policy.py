@@ -59,6 +59,7 @@ DECODING = 2 * 2**30                        # bytes that decoding takes beside t
 SPARE = 0.85                                # share of the memory limit that budgets may fill; the rest is for holes
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+Tick = Callable[[str, int, int], None]       # what is being done; how much of it; of how much
 
 
 class UserError(Exception):
@@ -387,6 +388,7 @@ class Policy:
         self.gen_tokens, self.update_tokens = cfg.gen_tokens, cfg.update_tokens
         self.work: Counter[str] = Counter()     # of decoding: steps, and in them rows live and computed
         self.pays: dict[tuple[int, int, int], bool] = {}        # of a product in 4 bits (rows, in, out): faster with bf16 weights?
+        self.tick: Tick = lambda name, done, of: None           # is told how far a piece of work is, for whoever watches
         self.lock_step = ""                     # why answers come from `generate`, batch by batch, and not from the decoder
         self.check()
         self.fit()

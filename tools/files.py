@@ -63,8 +63,9 @@ def read_json(path: Path, form: Any = skills.ANYTHING) -> Any:
     return data
 
 
-OWN = {"config.json", "lock", "checkpoints", "samples", "metrics.csv", "results.json", "skills.json", "report.html",
-       *(f"{name}.tmp" for name in ("config.json", "results.json", "skills.json"))}               # what a run makes in its folder
+OWN = {"config.json", "lock", "checkpoints", "samples", "metrics.csv", "results.json", "skills.json", "report.html", "tensorboard",
+       "wandb",
+       *(f"{name}.tmp" for name in ("config.json", "results.json", "skills.json"))}       # what a run makes in its folder
 FILES = {"adapter_model.safetensors", "optimizer.safetensors", "progress.json", "skills.json"}         # of every checkpoint
 RATE = Form(lambda x: isinstance(x, (int, float)), "a number or NaN")
 PAIR = Form(lambda x: isinstance(x, list) and len(x) == 2 and all(map(NUMBER.holds, x)), "a pair of numbers")

@@ -108,7 +108,7 @@ def conflicts(cfg: Config, given: dict[str, Any]) -> Iterable[tuple[str, str]]:
     for names, needed, there in (
             ("alfworld_data", "--env alfworld", cfg.env == "alfworld"),
             ("webshop_data webshop_split webshop_tagger observation", "--env webshop", cfg.env == "webshop"),
-            ("webshop_size webshop_goals", "--webshop-data", cfg.webshop_data)):
+            ("webshop_size webshop_goals", "--webshop-data", cfg.webshop_data), ("eval_panel", "--eval-every", cfg.eval_every)):
         for name in names.split():
             if not there and given.get(name, getattr(Config, name)) != getattr(Config, name):
                 yield name, f"has no effect without {needed}; add that, or leave it out"
