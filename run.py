@@ -67,7 +67,7 @@ try:
     from tools.imitation import cold_start
     from tools.progress import Progress, Work
     from tools.settings import PRESETS, choose_preset, flag, load_config, make_environment, resolve
-    from tools.terminal import printable, say
+    from tools.terminal import folded, printable, say
     from tools.track import Tracker, refuse_missing
 except ModuleNotFoundError as error:
     sys.exit(missing(error.name))
@@ -311,7 +311,7 @@ def record_iteration(folder: Path, learner: siri.Learner, it: siri.Iteration, wa
     lines = [f"     mined: {skill.text}" for skill in it.mined] + [f"a group is lost: {cause}" for cause in it.failures]
     lines += [f"     {skill.state}: {skill.text}  ({metrics.utility(skill, kappa)})" for skill in it.judged]
     lines += [f"     warning: {text}" for text in metrics.warnings_of(row, learner.cfg)]
-    for line in [*lines, metrics.dense_line(row, watch.progress.eta())]:
+    for line in [*map(folded, lines), metrics.dense_line(row, watch.progress.eta())]:
         say(line)
     if siri.too_many_lost(p.failed_groups, p.groups):
         raise UserError(f"{p.failed_groups} of {p.groups} groups were lost (limit {siri.LOST_AT_MOST:.0%}); the last: "
@@ -506,7 +506,7 @@ def load(run: Run, ranks: Ranks) -> tuple[envs.Environment, Policy]:
     if run.checkpoint and not run.checkpoint.exists():
         raise UserError(f"{run.checkpoint}: is not there; machines that go on with one run need a folder that all of them see")
     env = make_environment(cfg)
-    say(env.notice)
+    say(folded(env.notice))
     if run.reason:
         say(f"preset {cfg.preset} ({run.reason}); model {cfg.model}, {'4-bit, ' if cfg.four_bit else ''}LoRA r {cfg.lora_r}; "
             f"{cfg.prompt_style} prompts\nvariant {cfg.variant}; seed {cfg.seed}; folder {run.folder}")

@@ -196,6 +196,6 @@ def kind_lines(result: dict[str, Any]) -> list[str]:
 def results_block(folder: Any, results: Sequence[dict[str, Any]]) -> str:
     """What a run reached: one line per evaluation of the whole panel, and the last one per task type."""
     results = [r for r in results if r["label"] != siri.CURVE] or results
-    return "\n".join([f"results of {folder} ({results[-1]['panel']}; 95% Wilson intervals)",
+    return "\n".join([f"results of {folder}", f"{results[-1]['panel']}; success with 95% Wilson interval",
                       *(result_line(r, indent=2) for r in results), "per task type, " + results[-1]["label"],
                       *kind_lines(results[-1])])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,15 +25,29 @@ def say(text: Any, file: Any = None) -> None:
     (file or sys.stdout).flush()
 
 
+def columns() -> int:
+    """How long a line may be: COLUMNS, and on a narrower terminal as much as it has."""
+    return min(COLUMNS, shutil.get_terminal_size().columns - 1) if sys.stdout.isatty() else COLUMNS
+
+
+def folded(text: str) -> str:
+    """Prose on lines that fit, cut between words.
+
+    >>> print(folded("word " * 22))
+    word word word word word word word word word word word word word word word word word word word word
+         word word
+    """
+    return textwrap.fill(text, columns(), subsequent_indent="     ", break_long_words=False, break_on_hyphens=False)
+
+
 def fitted(fields: Sequence[tuple[int, str]], indent: int = 0) -> str:
-    """One line of the fields, in their order, within COLUMNS and what the terminal has. Each comes with the rank at which it gets
+    """One line that fits, of the fields in their order. Each comes with the rank at which it gets
     its place: where there is too little room, those of the highest ranks are left out.
 
     >>> fitted([(0, "plain 0.25"), (2, "x" * 90), (1, "eta 3h12"), (1, "")])
     'plain 0.25  eta 3h12'
     """
-    columns = min(COLUMNS, shutil.get_terminal_size().columns - 1) if sys.stdout.isatty() else COLUMNS
-    room, kept = columns - indent + 2, list[int]()
+    room, kept = columns() - indent + 2, list[int]()
     for place, (_, text) in sorted(enumerate(fields), key=lambda field: field[1][0]):
         if text and len(text) + 2 <= room:
             kept.append(place)

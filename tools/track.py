@@ -89,7 +89,7 @@ def refuse_missing(name: str) -> None:
 def skill_table(bank: SkillBank) -> Table:
     """Every skill of the bank, with what is known of it."""
     return ["skill", "state", "utility", "standard error", "pairings", "mined in iteration"], [
-        [s.text, s.state, round(s.utility(bank.kappa), 4), round(s.stderr(bank.kappa) or 0.0, 4), s.n, s.born] for s in bank.skills]
+        [s.text, s.state, s.utility(bank.kappa), s.stderr(bank.kappa), s.n, s.born] for s in bank.skills]
 
 
 class Tracker:
@@ -97,37 +97,36 @@ class Tracker:
 
     def __init__(self, cfg: Config, folder: Path, resumed: int | None) -> None:
         """`resumed`: the iteration of the checkpoint from which an earlier log goes on; None for a new run."""
-        self.name, self.log_, self.close_ = cfg.track, None, None
+        self.name, self.send, self.end = cfg.track, None, None
         if self.name != "none":
-            self.guarded(lambda: self.open(cfg, folder, resumed))
+            self.send, self.end = self.guarded(lambda: TRACKERS[self.name](cfg, folder, resumed)) or (None, None)
 
-    def open(self, cfg: Config, folder: Path, resumed: int | None) -> None:
-        self.log_, self.close_ = TRACKERS[self.name](cfg, folder, resumed)
-
-    def guarded(self, work: Callable[[], Any]) -> None:
+    def guarded(self, work: Callable[[], Any]) -> Any:
         """Do this, or end the tracking. What a tracker prints is not ours to show."""
         try:
             with contextlib.redirect_stdout(io.StringIO()):
-                work()
+                return work()
         except Exception as e:      # of a network, a server, a disk, a package of another version: whatever it is, the run goes on
-            self.log_ = self.close_ = None
-            say(f"     warning: --track {self.name} failed, and ends here; the run goes on: {type(e).__name__}: "
-                f"{' '.join(str(e).split())[:200]}")
+            self.send = self.end = None
+            say(f"     warning: --track {self.name} failed and ends here, the run goes on ({type(e).__name__}: "
+                f"{' '.join(str(e).split())[:200]})")
 
-    def log(self, step: int, values: Mapping[str, Any], bank: SkillBank | None = None, text: str = "") -> None:
-        """Log numbers, the bank as a table, and a sample as text, where an iteration has them; `step` is the iteration."""
-        if log := self.log_:
-            numbers = {name: value for name, value in values.items() if isinstance(value, (int, float)) and math.isfinite(value)}
-            self.guarded(lambda: log(step, numbers, skill_table(bank) if bank and bank.skills else None, text))
+    def log(self, step: int, values: Mapping[str, Any], bank: SkillBank | None = None, text: str = "",
+            under: str = "train") -> None:
+        """Log numbers under this heading, the bank as a table and a sample as text; `step` is the iteration. A rate of nothing
+        is left out."""
+        if send := self.send:
+            numbers = {f"{under}/{name}": value for name, value in values.items() if math.isfinite(value)}
+            self.guarded(lambda: send(step, numbers, skill_table(bank) if bank and bank.skills else None, text))
 
     def evaluated(self, step: int, result: Mapping[str, Any]) -> None:
         """Log an entry of results.json, with its 95% interval."""
         low, high = result["interval"]
-        self.log(step, {f"{result['label'].replace(' ', '_')}/{name}": value for name, value in dict(
-            result, low=low, high=high).items() if name in (
-                "n", "success", "low", "high", "score", "score_se", "mean_steps", "invalid_rate", "failures", "seconds")})
+        shown = ("n", "success", "low", "high", "score", "score_se", "mean_steps", "invalid_rate", "failures", "seconds")
+        self.log(step, {name: value for name, value in dict(result, low=low, high=high).items() if name in shown},
+                 under=f"eval/{result['label'].replace(' ', '_')}")
 
     def close(self) -> None:
         """End the log."""
-        if close := self.close_:
-            self.guarded(close)
+        if self.end:
+            self.guarded(self.end)
