@@ -81,7 +81,7 @@ class Progress:
 
     def __init__(self, learner: siri.Learner) -> None:
         self.learner, self.pace, self.game = learner, deque[float](maxlen=PACE), 0.0            # seconds
-        self.bar = tqdm(total=1, initial=learner.progress.iteration, leave=False, disable=None, dynamic_ncols=True, file=sys.stderr,
+        self.bar = tqdm(total=1, leave=False, disable=None, dynamic_ncols=True, file=sys.stderr,
                         bar_format="{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}")
         self.work = learner.policy.tick = Work(lambda: f"; run: eta {self.eta()}" * bool(self.pace), row=1)
         self.show(learner.progress.phase)
@@ -97,17 +97,17 @@ class Progress:
         rates = [f"{name} {row[f'success_{name}']:.2f}" for name in ("plain", "skill") if row[f"n_{name}"]]
         rates += [f"{row['rollout_tokens_per_s']:.0f} tok/s", f"eta {self.eta()}"]
         self.bar.set_postfix_str(", ".join(rates), refresh=False)
-        self.show(row["phase"], 1)
+        self.show(row["phase"])
 
     def evaluated(self, played: siri.Evaluation) -> None:
         """A panel has been played."""
         self.game = played.seconds / len(played.episodes)
 
-    def show(self, phase: int, more: int = 0) -> None:
-        """So many more iterations have ended, the last in this phase."""
+    def show(self, phase: int) -> None:
+        """Draw the bar of iterations, the last of which was in this phase."""
+        done = self.learner.progress.iteration
         self.bar.set_description(PHASES[phase], refresh=False)
-        self.bar.total = self.bar.n + more + iterations_left(self.learner)
-        self.bar.update(more)
+        self.bar.n, self.bar.total = done, done + iterations_left(self.learner)
         self.bar.refresh()
 
     def close(self) -> None:

@@ -53,7 +53,7 @@ def trackio(cfg: Config, folder: Path, resumed: int | None) -> tuple[Callable, C
     import trackio
     run = trackio.init(project="siri", name=cfg.name, config=dataclasses.asdict(cfg), embed=False,
                        resume="never" if resumed is None else "allow")
-    return like_wandb(run, trackio.Table, lambda text: trackio.Markdown(f"<pre>{escape(text)}</pre>")), run.finish
+    return like_wandb(run, trackio.Table, lambda text: trackio.Markdown(f"<pre>{escape(text)}</pre>")), trackio.finish
 
 
 def wandb(cfg: Config, folder: Path, resumed: int | None) -> tuple[Callable, Callable]:
