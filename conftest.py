@@ -302,7 +302,7 @@ SMOKE = (SMALL + " --warmup-max 1 --mining-max 2 --distill-max 3 --groups 6 --gr
 def start(cwd, *args):
     with (cwd / "out.txt").open("w") as out, (cwd / "err.txt").open("w") as err:
         return subprocess.Popen([sys.executable, str(HERE / "siri.py"), *args], cwd=cwd, stdout=out, stderr=err,
-                                env={**os.environ, "OMP_NUM_THREADS": "1"})
+                                env={k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"} | {"OMP_NUM_THREADS": "1"})
 
 
 def metrics(cwd):

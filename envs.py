@@ -675,16 +675,16 @@ class AlfWorld:
     @classmethod
     def generated(cls, seed: int = 0, *, max_steps: int = 50) -> AlfWorld:
         """New games, drawn from `seed`, in ALFWorld's format on official floor plans; as many as the benchmark has."""
-        notice = ("ALFWorld: GENERATED games (no data folder was given or found), played on TextWorld's engine. "
-                  "Their scores are not ALFWorld benchmark scores.")
+        notice = ("ALFWorld: GENERATED games (scores are not ALFWorld benchmark scores), played on TextWorld's engine, as no "
+                  "data folder was given or found.")
         return cls(notice, {split: GeneratedTasks(split, seed) for split in SPLIT_COUNTS}, max_steps)
 
     @classmethod
     def household(cls, seed: int = 0, *, max_steps: int = 10, share: float = 0.5) -> AlfWorld:
         """Small generated games in the household with this number. `share` of all object classes occur in it: half of
         them, a dozen, can be learnt about in minutes."""
-        notice = (f"ALFWorld: small GENERATED games in household {seed}, played on TextWorld's engine. "
-                  "Their scores are not ALFWorld benchmark scores.")
+        notice = (f"ALFWorld: small GENERATED games (scores are not ALFWorld benchmark scores) in household {seed}, played on "
+                  "TextWorld's engine.")
         home = Household(seed, share=share)
         return cls(notice, {split: GeneratedTasks(split, 0, home) for split in SPLIT_COUNTS}, max_steps)
 

@@ -60,6 +60,7 @@ NF4 = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_qua
 SPARE = 0.85                                # share of the memory limit that budgets may fill; the rest is for holes
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+Tick = Callable[[str, int, int], None]       # what is being done; how much of it; of how much
 
 
 class UserError(Exception):
@@ -403,6 +404,7 @@ class Policy:
         self.gen_tokens, self.update_tokens = cfg.gen_tokens, cfg.update_tokens
         self.work: Counter[str] = Counter()     # of decoding: steps, and in them rows live and computed
         self.pays: dict[tuple[int, int, int], bool] = {}        # of a product in 4 bits (rows, in, out): faster with bf16 weights?
+        self.tick: Tick = lambda name, done, of: None           # is told how far a piece of work is, for whoever watches
         self.lock_step = ""                     # why answers come from `generate`, batch by batch, and not from the decoder
         self.check()
         self.fit()

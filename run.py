@@ -27,7 +27,7 @@ import sys
 import threading
 import traceback
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
@@ -43,7 +43,6 @@ try:
     import fcntl
 
     import torch
-    from tqdm import tqdm
 
     import envs
     import siri
@@ -67,8 +66,10 @@ try:
         write_text,
     )
     from tools.imitation import cold_start
+    from tools.progress import Progress, Work
     from tools.settings import changes_of, choose_preset, flag, load_config, make_environment, resolve, run_name
-    from tools.terminal import printable, say
+    from tools.terminal import folded, printable, say
+    from tools.track import Tracker, refuse_missing
 except ModuleNotFoundError as error:
     sys.exit(missing(error.name))
 
@@ -106,13 +107,15 @@ def append_metrics(folder: Path, row: dict[str, Any]) -> None:
         os.fsync(f.fileno())                        # before the checkpoint that counts this row
 
 
-def save_sample(folder: Path, learner: siri.Learner, it: siri.Iteration) -> None:
-    """A plain and a guided episode of one group, as text to read and as JSON for the report."""
-    if it.groups:
-        text, data = metrics.sample(learner, it)
-        (folder / "samples").mkdir(exist_ok=True)
-        write_text(folder / "samples" / f"{it.number:04d}.txt", printable(text))
-        write_json(folder / "samples" / f"{it.number:04d}.json", data)
+def save_sample(folder: Path, learner: siri.Learner, it: siri.Iteration) -> str:
+    """A plain and a guided episode of one group, as text to read and as JSON for the report; returns the text."""
+    if not it.groups:
+        return ""
+    text, data = metrics.sample(learner, it)
+    (folder / "samples").mkdir(exist_ok=True)
+    write_text(folder / "samples" / f"{it.number:04d}.txt", printable(text))
+    write_json(folder / "samples" / f"{it.number:04d}.json", data)
+    return text
 
 
 def write_report(folder: Path, alive: bool) -> Path | None:
@@ -260,41 +263,44 @@ def in_main_thread() -> bool:
     return threading.current_thread() is threading.main_thread()
 
 
-def iterations_left(learner: siri.Learner) -> int:
-    """At most so many until the run ends."""
-    return sum(siri.phase_limit(learner.cfg, phase) for phase in range(learner.progress.phase, 3)) - learner.age
+@dataclass
+class Watch:
+    """Where a run can be watched from: its bars and lines, and its tracker."""
+    progress: Progress
+    tracker: Tracker
 
 
-def consume(learner: siri.Learner, folder: Path, lock: Lock | None, stop: Stop) -> None:
+def consume(learner: siri.Learner, folder: Path, lock: Lock | None, stop: Stop, watch: Watch) -> None:
     """Train to the end. Rank 0, which has the lock, shows every event, writes it to the folder, and saves when the learner is
     whole. Raises Stopped once a signal came to any rank, UserError as `siri.train`, `record_iteration` and `Lock.check`, and
     OSError for a full disk."""
     p, ranks = learner.progress, learner.policy.ranks
-    with tqdm(total=p.iteration + iterations_left(learner), initial=p.iteration, desc=PHASES[p.phase], unit="it",
-              dynamic_ncols=True, disable=lock is None) as bar:
-        for event in siri.train(learner):
-            stopping = any(ranks.gather(stop.asked))        # one decision, even if a signal comes in the meantime
-            if lock:
-                lock.check()
-                record(folder, learner, event, bar, stopping)
-            ended = isinstance(event, siri.Milestone) and event.reason or isinstance(event, siri.Evaluation)
-            if stopping and not ended and not p.finished:
-                raise Stopped(f"stopped before iteration {p.iteration}; {go_on(ranks, folder)}")
-            bar.total = bar.n + iterations_left(learner) * (not p.finished)
+    for event in siri.train(learner):
+        stopping = any(ranks.gather(stop.asked))        # one decision, even if a signal comes in the meantime
+        if lock:
+            lock.check()
+            record(folder, learner, event, watch, stopping)
+        whole = not isinstance(event, siri.Evaluation) or event.label == siri.CURVE
+        ended = isinstance(event, siri.Milestone) and event.reason or not whole
+        if stopping and not ended and not p.finished:
+            raise Stopped(f"stopped before iteration {p.iteration}; {go_on(ranks, folder)}")
 
 
-def record(folder: Path, learner: siri.Learner, event: Any, bar: tqdm, stopping: bool) -> None:
+def record(folder: Path, learner: siri.Learner, event: Any, watch: Watch, stopping: bool) -> None:
     """Show an event of training, write it down, and save. UserError and OSError as `consume`."""
     p = learner.progress
     if isinstance(event, siri.Evaluation):
-        return record_evaluation(folder, learner, event)
+        record_evaluation(folder, learner, watch, event)
     if isinstance(event, siri.Iteration):
-        record_iteration(folder, learner, event, bar)
+        record_iteration(folder, learner, event, watch)
     # At a milestone always: an evaluation follows or has just been played, which is dear to repeat.
-    if isinstance(event, siri.Milestone) or p.iteration % learner.cfg.save_every == 0 or stopping:
+    due = isinstance(event, siri.Iteration) and p.iteration % learner.cfg.save_every == 0
+    whole = not isinstance(event, siri.Evaluation) or event.label == siri.CURVE
+    if isinstance(event, siri.Milestone) or due or stopping and whole:
         save_checkpoint(folder, learner)
     if isinstance(event, siri.Milestone) and event.reason:
         say(f"{PHASES[p.phase]} ends after {learner.age} iterations: {event.reason}")
+        watch.tracker.log(p.iteration, {}, learner.bank)
 
 
 def go_on(ranks: Ranks, folder: Path) -> str:
@@ -302,33 +308,33 @@ def go_on(ranks: Ranks, folder: Path) -> str:
     return f"go on with: {'python' if ranks.size == 1 else 'torchrun ...'} siri.py --resume {folder}"
 
 
-def record_iteration(folder: Path, learner: siri.Learner, it: siri.Iteration, bar: tqdm) -> None:
+def record_iteration(folder: Path, learner: siri.Learner, it: siri.Iteration, watch: Watch) -> None:
     """An iteration's row of metrics, its lines, and now and then a sample. UserError when too many groups have been lost."""
     p, kappa, row = learner.progress, learner.cfg.kappa, metrics.metrics_row(learner, it)
-    if it.number % learner.cfg.sample_every == 0:
-        save_sample(folder, learner, it)
+    shown = it.number % learner.cfg.sample_every == 0
+    sample = save_sample(folder, learner, it) if shown else ""
     # The row goes to the disk before the checkpoint that counts it; on resuming, rows that no checkpoint counts are cut off.
     append_metrics(folder, row)
+    watch.progress.iterated(row)
+    watch.tracker.log(it.number, row, learner.bank if shown else None, sample)
     lines = [f"     mined: {skill.text}" for skill in it.mined] + [f"a group is lost: {cause}" for cause in it.failures]
     lines += [f"     {skill.state}: {skill.text}  ({metrics.utility(skill, kappa)})" for skill in it.judged]
     lines += [f"     warning: {text}" for text in metrics.warnings_of(row, learner.cfg)]
-    for line in [*lines, metrics.dense_line(row)]:
+    for line in [*map(folded, lines), metrics.dense_line(row, watch.progress.eta())]:
         say(line)
     if it.number % learner.cfg.sample_every == 0:
         write_report(folder, alive=True)            # with the sample, and the row
-    bar.set_description(PHASES[it.phase], refresh=False)
-    bar.set_postfix(plain=f"{row['success_plain']:.2f}", skill=f"{row['success_skill']:.2f}",
-                    tok_s=f"{row['rollout_tokens_per_s']:.0f}", refresh=False)
-    bar.update()
     if siri.too_many_lost(p.failed_groups, p.groups):
         raise UserError(f"{p.failed_groups} of {p.groups} groups were lost (limit {siri.LOST_AT_MOST:.0%}); the last: "
                         f"{it.failures[-1]}; mend the environment or its data, or raise --max-prompt")
 
 
-def record_evaluation(folder: Path, learner: siri.Learner, played: siri.Evaluation) -> None:
+def record_evaluation(folder: Path, learner: siri.Learner, watch: Watch, played: siri.Evaluation) -> None:
     """An evaluation's entry in results.json, its line, and the report."""
     p, result = learner.progress, metrics.summarise(learner.env, learner.cfg, played)
     add_result(folder, result | dict(checkpoint=f"iteration {p.iteration}", iteration=p.iteration, env_steps=p.env_steps))
+    watch.progress.evaluated(played)
+    watch.tracker.evaluated(p.iteration, result)
     for line in (*metrics.lost_games(played), metrics.result_line(result)):
         say(line)
     write_report(folder, alive=True)
@@ -524,10 +530,10 @@ def load(run: Run, ranks: Ranks) -> tuple[envs.Environment, Policy]:
     if run.checkpoint and not run.checkpoint.exists():
         raise UserError(f"{run.checkpoint}: is not there; machines that go on with one run need a folder that all of them see")
     env = make_environment(cfg)
-    say(env.notice)
+    say(folded(env.notice))
     if run.reason:
         say(f"preset {cfg.preset} ({run.reason}); model {cfg.model}, {'4-bit, ' if cfg.four_bit else ''}LoRA r {cfg.lora_r}; "
-            f"{cfg.prompt_style} prompts; variant {cfg.variant}; seed {cfg.seed}; folder {run.folder}")
+            f"{cfg.prompt_style} prompts\nvariant {cfg.variant}; seed {cfg.seed}; folder {run.folder}")
     policy = Policy(cfg, run.checkpoint, ranks)
     if ranks.size > 1:
         tasks = env.tasks("train")
@@ -566,9 +572,10 @@ def train_run(run: Run, lock: Lock | None, ranks: Ranks) -> None:
             if page := write_report(folder, alive=True):
                 say(f"report: {page}, written anew with every sample and evaluation; open it in a browser")
         try:
-            if cfg.imitate and not learner.progress.milestones:
-                cold_start(learner, partial(record_evaluation, folder, learner) if lock else lambda played: None)
-            consume(learner, folder, lock, Stop(ranks))
+            with watched(learner, run, lock) as watch:
+                if cfg.imitate and not learner.progress.milestones:
+                    cold_start(learner, partial(record_evaluation, folder, learner, watch) if lock else lambda played: None)
+                consume(learner, folder, lock, Stop(ranks), watch)
         except UserError as e:
             raise UserError(f"{e}; then go on with --resume {folder}") from e
         finally:
@@ -584,13 +591,23 @@ def train_run(run: Run, lock: Lock | None, ranks: Ranks) -> None:
         raise KeyboardInterrupt(f"stopped at once; {after}") from None
 
 
+@contextlib.contextmanager
+def watched(learner: siri.Learner, run: Run, lock: Lock | None) -> Iterator[Watch]:
+    """While a run is trained, it can be watched; what other ranks show goes nowhere, and they have no tracker."""
+    cfg = learner.cfg if lock else dataclasses.replace(learner.cfg, track="none")
+    with closing(Progress(learner)) as progress, closing(Tracker(
+            cfg, run.folder, learner.progress.iteration if run.checkpoint else None)) as tracker:
+        yield Watch(progress, tracker)
+
+
 def evaluate_run(run: Run, lock: Lock | None, ranks: Ranks, with_skills: bool) -> None:
     """`--eval`: play the panel with a checkpoint, with the plain prompt or with the run's bank."""
     assert run.checkpoint is not None
     bank, label = (load_bank(run.checkpoint), "eval with skills") if with_skills else (None, "eval")
     # Nothing is trained: no probe of the memory that it would take.
     env, policy = load(dataclasses.replace(run, cfg=dataclasses.replace(run.cfg, update_tokens=1), reason=""), ranks)
-    played = siri.evaluate(policy, env, siri.panel_tasks(run.cfg, env), run.cfg, label, bank)
+    with closing(Work()) as policy.tick:
+        played = siri.evaluate(policy, env, siri.panel_tasks(run.cfg, env), run.cfg, label, bank)
     if lock:
         result = metrics.summarise(env, run.cfg, played)
         add_result(run.folder, result | dict(checkpoint=run.checkpoint.name, iteration=int(run.checkpoint.name.split("-")[0])))
@@ -612,6 +629,8 @@ def act(chosen: argparse.Namespace, given: dict[str, Any], held: ExitStack, rank
     def find() -> dict[str, Any]:
         nonlocal lock
         run, lock = find_run(chosen, given, held)
+        if chosen.eval is None:
+            refuse_missing(run.cfg.track)
         return dict(cfg=dataclasses.asdict(run.cfg), folder=str(run.folder), reason=run.reason,
                     checkpoint=run.checkpoint and str(run.checkpoint))
 

@@ -182,6 +182,12 @@ class Config:
     split: str = setting("valid_seen", "split of the panel; WebShop test, an own class the last of its `splits`")
     kl_warn: float = setting(1.0, "a mean KL above this (nats per token) gets a warning [O]")
     entropy_warn: float = setting(0.01, "a mean entropy below this (nats per token) gets a warning [O]")
+    base_eval: bool = setting(True, "play the panel before the first iteration, too")
+    eval_every: int = setting(0, "iterations from one point of the curve to the next: the plain policy on a small panel; 0: none",
+                              count(0))
+    eval_panel: int = setting(24, "games of that small panel, the first of the whole one")
+    track: str = setting("none", "log to a tracker, too: a package to install by itself",
+                         choices=("none", "tensorboard", "trackio", "wandb"))
     save_every: int = setting(1, "iterations between checkpoints: so many are repeated after a crash, at most")
     sample_every: int = setting(10, "iterations between sample episodes")
     seed: int = setting(0, "of all random draws, and the number of a generated world", count(0))
@@ -257,19 +263,20 @@ def fit_prompt(policy: Policy, e: Episode, skill: skills.Skill | None) -> list[i
 
 
 def rollout(policy: Policy, env: envs.Environment, plan: Plan, temperature: float, failures: list[str] | None = None,
-            dice: int = 0, lengths: Mapping[str, float] | None = None) -> list[Group]:
+            dice: int = 0, lengths: Mapping[str, float] | None = None, name: str = "rollout") -> list[Group]:
     """Play every group of the plan: a task, and for each of its rollouts a skill or None. Groups come back in its order.
 
     `dice` is the number that chance comes from: each token is drawn by (dice, task, rollout, step, position), so an episode is the
     same in whatever batch, and on whatever rank: the ranks of a run play some groups each, so many that all are busy, by `lengths`
-    (expected actions of an episode, by kind of task), and tell each other. An environment that raises loses its group: the group
+    (expected actions of an episode, by kind of task), and tell each other. `policy.tick` is told under `name` how many of its
+    own episodes have ended. An environment that raises loses its group: the group
     comes back empty and the cause is appended to `failures`. An episode that reaches a state whose prompt can't be cut to
     `max_prompt` ends there, unsolved, with `overlong` set. UserError for such a prompt of a first step, for a row that doesn't fit
     into memory, and where the machine fails.
     """
     groups, ranks = [[Episode(task, skill) for skill in dealt] for task, dealt in plan], policy.ranks
     dealt = ranks.deal([(lengths or {}).get(task.kind, env.max_steps) * len(skills) for task, skills in plan])
-    lost = play_groups(policy, env, groups, dealt[ranks.rank], temperature, dice)
+    lost = play_groups(policy, env, groups, dealt[ranks.rank], temperature, dice, name)
     for told in ranks.others(lambda: [(g, lost.get(g), [e.told() for e in groups[g]]) for g in dealt[ranks.rank]]):
         for g, cause, episodes in told:
             if cause:
@@ -282,11 +289,11 @@ def rollout(policy: Policy, env: envs.Environment, plan: Plan, temperature: floa
 
 
 def play_groups(policy: Policy, env: envs.Environment, groups: Sequence[Group], own: Sequence[int], temperature: float,
-                dice: int) -> dict[int, str]:
+                dice: int, name: str) -> dict[int, str]:
     """Play those of the groups to the end that are this rank's own. Returns which were lost, and why."""
     players = [(g, e) for g, group in enumerate(groups) for e in group]
     playing = Counter(g for g, _ in players)
-    streams, rollouts = [], Counter[str]()
+    streams, rollouts, n_own = [], Counter[str](), sum(playing[g] for g in own)
     for _, e in players:
         rollouts[e.task.id] += 1                    # counted over all groups of the task
         streams.append((e.task.id, rollouts[e.task.id]))
@@ -318,12 +325,13 @@ def play_groups(policy: Policy, env: envs.Environment, groups: Sequence[Group], 
                             after.observation, after.reward, bool(action) and after.valid))
         e.state, e.success, e.score, e.prompt = after, after.success, after.score, []
         try:
-            if not after.done:
-                e.prompt = fit_prompt(policy, e, e.skill)
-                return ask(i)
+            e.prompt = [] if after.done else fit_prompt(policy, e, e.skill)
         except UserError as error:
             e.overlong = str(error)
-        playing[g] -= 1
+        playing[g] -= not e.prompt
+        policy.tick(name, n_own - sum(playing[g] for g in own), n_own)
+        if e.prompt:
+            return ask(i)
         if not playing[g]:
             games.close(g)
         return None
@@ -551,6 +559,7 @@ def update(policy: Policy, optimizer: torch.optim.Optimizer, rl: Sequence[Row], 
         loss = partial(step_loss, policy, n_rl=n_rl, n_int=n_int, lam=lam, cfg=cfg)
         sums = policy.descend(optimizer, own[k], loss, cfg.grad_clip)
         total.update(sums, rows=len(rows), row_tokens=sum(map(len, rows)))
+        policy.tick("update", k + 1, n_steps)
         bad = bad + 1 if sums["skipped"] else 0
         if bad >= BAD_STEPS:
             raise UserError(f"{BAD_STEPS} updates in a row had a gradient that is not finite (norm {sums['grad_norm']}, losses "
@@ -616,7 +625,8 @@ class Learner:
         return self.progress.iteration - self.progress.phase_start
 
 
-# Events: training is a generator of these. When it yields an Iteration or a Milestone, the learner is whole and can be saved.
+# Events: training is a generator of these. When it yields an Iteration, a Milestone or a point of the curve, the learner is whole
+# and can be saved.
 
 
 @dataclass
@@ -635,6 +645,9 @@ class Iteration:
     stats: dict[str, float] = field(default_factory=dict)       # lambda, internalization rows, and what `update` returns
 
 
+CURVE = "curve"             # the label of evaluations between two iterations
+
+
 @dataclass
 class Evaluation:
     """A panel has been played."""
@@ -647,7 +660,7 @@ class Evaluation:
 
 @dataclass
 class Milestone:
-    """The base has been evaluated, a phase is about to end (for this reason), or it has ended."""
+    """Training is about to begin, a phase is about to end (for this reason), or it has ended."""
     reason: str = ""
 
 
@@ -787,6 +800,7 @@ def warm_up(learner: Learner) -> Events:
     """Phase 0 [P]: GiGPO (G1-G8) on plain prompts, until the policy has wins to learn from: skills that are mined from a
     naive policy are noise. (`gigpo`, the baseline, is this phase for as long as all three would take.)"""
     while not (reason := budget_spent(learner) or enough_solved(learner)):
+        yield from curve(learner)
         it = Iteration(learner.progress.iteration, learner.progress.phase)
         play(learner, it, plain_plan(learner))
         yield learn(learner, it)
@@ -797,6 +811,7 @@ def mine_and_validate(learner: Learner) -> Events:
     """Phase 1 [P]: the policy writes skills from its wins (S1), paired rollouts measure them (S3-S5), and good ones are
     promoted, bad ones retired (S2, S6). It keeps learning by GiGPO from both halves of each group."""
     while not (reason := budget_spent(learner) or enough_active(learner)):
+        yield from curve(learner)
         it = Iteration(learner.progress.iteration, learner.progress.phase)
         # Mined first, so that a skill can be tried in the iteration in which it was written.
         if learner.age % learner.cfg.mine_every == 0:
@@ -810,11 +825,20 @@ def internalize(learner: Learner) -> Events:
     """Phase 2 [P]: as phase 1, with nothing mined; and what a good skill led to is distilled into the plain prompt's policy
     (S7-S10), until the skill is not needed."""
     while not (reason := budget_spent(learner)):
+        yield from curve(learner)
         it = Iteration(learner.progress.iteration, learner.progress.phase)
         play(learner, it, paired_plan(learner, explore=False))
         rows, lam = gated_rows(learner)
         yield learn(learner, it, rows, lam)
     return reason
+
+
+def curve(learner: Learner) -> Events:
+    """Before every `eval_every`-th iteration, the plain policy on the first games of the panel. It costs no environment steps, and
+    moves no dice of training. (Before and not after, so that a run that was stopped here makes the point when it goes on.)"""
+    cfg = learner.cfg
+    if cfg.eval_every and learner.progress.iteration % cfg.eval_every == 0:
+        yield evaluate(learner.policy, learner.env, panel_tasks(cfg, learner.env)[:cfg.eval_panel], cfg, CURVE)
 
 
 def phase_limit(cfg: Config, phase: int) -> int:
@@ -859,7 +883,8 @@ def train(learner: Learner) -> Events:
     evaluation = partial(evaluate, learner.policy, learner.env, panel, learner.cfg)
     p.finished = p.finished and last_phase(learner) and bool(budget_spent(learner))     # settings may grant a run more
     if not p.milestones:
-        yield evaluation("base")
+        if learner.cfg.base_eval:
+            yield evaluation("base")
         p.milestones += 1
         yield Milestone()
     while not p.finished:
@@ -898,7 +923,7 @@ def evaluate(policy: Policy, env: envs.Environment, panel: Sequence[envs.Task], 
     # One seed for all checkpoints and variants, so that they meet the same dice on the same games: comparisons are paired.
     failures, started, dice = list[str](), time.perf_counter(), stable_seed("evaluate")
     plan = [(task, [bank.retrieve(task.goal, explore=False) if bank else None]) for task in panel]
-    episodes = [e for group in rollout(policy, env, plan, cfg.eval_temperature, failures, dice) for e in group]
+    episodes = [e for group in rollout(policy, env, plan, cfg.eval_temperature, failures, dice, name=label) for e in group]
     if too_many_lost(len(failures), len(panel)) or not episodes:
         raise UserError(f"{len(failures)} of the panel's {len(panel)} games were lost (limit {LOST_AT_MOST:.0%}); the last: "
                         f"{failures[-1]}; mend the environment or its data")

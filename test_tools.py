@@ -1,9 +1,11 @@
 """Commands beside a run, the lessons, and what the documentation promises."""
 
 import ast
+import contextlib
 import copy
 import dataclasses
 import doctest
+import fcntl
 import html
 import importlib
 import io
@@ -14,8 +16,11 @@ import os
 import re
 import shlex
 import shutil
+import sqlite3
+import struct
 import subprocess
 import sys
+import termios
 from functools import lru_cache
 from html.parser import HTMLParser
 from pathlib import Path
@@ -34,8 +39,24 @@ from conftest import CHATML, HERE, awake, config, learner_of, new_bank, offline,
 from conftest import metrics as run_metrics
 from policy import Policy, UserError, make_optimizer
 from run import ACTIONS, add_result, append_metrics, main, parse_arguments, save_checkpoint, save_sample, write_report
-from tools import bench, compare, exercises, export, figures, gym_text, imitation, metrics, probe, report, settings, worlds
+from tools import (
+    bench,
+    compare,
+    exercises,
+    export,
+    figures,
+    gym_text,
+    imitation,
+    metrics,
+    probe,
+    progress,
+    report,
+    settings,
+    track,
+    worlds,
+)
 from tools import play as terminal
+from tools import terminal as lines
 from tools.files import latest_checkpoint, read_json, write_json
 from tools.metrics import wilson
 from tools.oracle import winning_actions
@@ -1088,7 +1109,7 @@ COMMANDS = [line.strip() for page in PAGES for block in re.findall(r"```bash\n(.
 MODULES = ("gigpo", "skills", "distill", "envs", "decode", "ranks", "policy", "siri", "run")
 
 
-@pytest.mark.parametrize("module", [gigpo, distill, skills, envs, ranks, siri, metrics, figures, compare, export], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [gigpo, distill, skills, envs, ranks, siri, metrics, figures, compare, export, progress, lines], ids=lambda module: module.__name__)
 def test_examples_in_docstrings_run(module):
     result = doctest.testmod(module)
     assert result.attempted > 0 and result.failed == 0
@@ -1123,7 +1144,7 @@ def imports_of(path):
 def test_every_room_imports_only_what_is_below_it():
     """No circle: the method knows neither run nor tools, the policy no SIRI, the mathematics nothing of the house."""
     floors = [{"gigpo", "skills", "distill", "envs", "decode", "ranks"}, {"policy"}, {"siri"}, {"tools.metrics", "tools.files", "tools.check", "tools.worlds", "tools.gym_text"},
-              {"tools.settings"}, {"tools.report", "tools.play", "tools.exercises", "tools.bench", "tools.probe", "tools.imitation"}, {"tools.compare", "tools.export"}, {"run"}]
+              {"tools.settings"}, {"tools.report", "tools.play", "tools.exercises", "tools.bench", "tools.probe", "tools.imitation", "tools.progress", "tools.track"}, {"tools.compare", "tools.export"}, {"run"}]
     below = {"tools.figures", "tools.oracle", "tools.terminal", "tools.limits", "tools.lesson", "tools.class_copy"}                     # of which nothing of the house is used but envs
     for floor in floors:
         for name in floor:
@@ -1554,3 +1575,213 @@ def test_a_textworld_game_goes_through_all_phases(abroad, tmp_path, monkeypatch)
     with world.open(world.tasks("train")[0]) as game:                       # its quest: one action
         after = [game.step(game.start, action) for action in game.start.admissible]
     assert sum(state.success and state.reward == 1 and state.done for state in after) == 1
+
+
+# ---- 10. a run that is watched -----------------------------------------------------------------------------------------
+
+@pytest.fixture
+def screen(monkeypatch):
+    """A terminal of so many columns as standard output and error; returns what is then on it, row by row."""
+    here, there = os.openpty()
+    os.set_blocking(here, False)
+    stream, said = open(there, "w", buffering=1), []
+
+    def open_screen(columns):
+        fcntl.ioctl(there, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+        monkeypatch.setenv("COLUMNS", str(columns))
+        monkeypatch.setattr("sys.stdout", stream)
+        monkeypatch.setattr("sys.stderr", stream)
+
+        def read():
+            rows, row, column = [""], 0, 0
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    said.append(os.read(here, 10**5))
+            for code, char in re.findall(r"(\x1b\[\d*[A-Z])|(.)", b"".join(said).decode(), re.S):
+                row, column = row - (code == "\x1b[A") + (char == "\n"), 0 if char == "\r" else column
+                rows += [""] * (row + 1 - len(rows))
+                if char and char not in "\r\n":
+                    rows[row] = rows[row][:column].ljust(column) + char + rows[row][column + 1:]
+                    column += 1
+            return [text.rstrip() for text in rows]
+
+        return read
+
+    yield open_screen
+    stream.close()
+    os.close(here)
+
+
+def full_row(phase, **values):
+    """A row with all that a line shows, numbers long."""
+    return metrics_row(1234, phase, **{**dict(success_plain=0.25, n_plain=128, solved_tasks=3021, skills_candidate=12, skills_active=30,
+                                              skills_retired=9, rollout_s=123.0, update_s=234.0), **values})
+
+
+@pytest.mark.parametrize("columns", [None, 80, 40])
+@pytest.mark.parametrize("phase", [0, 1, 2])
+def test_a_line_fits_and_keeps_what_matters_most(screen, phase, columns):
+    if columns:
+        screen(columns)
+    scores = dict(score_plain=0.31, score_plain_se=0.04, score_skill=0.5, score_skill_se=0.05)
+    for more in ({}, scores, dict(scores, n_plain=1, score_plain_se=math.nan), dict(n_plain=0, success_plain=math.nan, n_skill=0),
+                 dict(invalid_rate=math.nan, score_plain=math.nan, score_plain_se=math.nan)):
+        line = metrics.dense_line(full_row(phase, **more), "18h20")
+        assert len(line) <= (columns or 101) - 1 and "nan" not in line and f"1234 {siri.PHASES[phase]}  plain " in line
+        assert "eta 18h20" in line or columns == 40
+    line = metrics.dense_line(full_row(phase), "18h20")
+    if columns is None:
+        for word in (["solved 3021", "kl 0.010", "123+234s"], ["skill 0.75±0.08 n 32", "skills 12c 30a 9r"],
+                     ["skill 0.75±0.08 n 32", "lam 0.00"])[phase]:
+            assert word in line
+    assert "plain 0.25±0.04 n 128" in line
+    result = evaluation("phase 1 with skills", 4, 102, 120, score=0.9, score_se=math.nan)
+    for text in metrics.results_block("runs/x", [result, dict(result, label="curve"), result]).splitlines():
+        assert len(text) <= (columns or 101) - 1 or columns == 40
+        assert "nan" not in text and "curve" not in text
+
+
+def fake_learner(**changes):
+    """Of a run in its 10th of 30 iterations, without a policy."""
+    cfg = dataclasses.replace(siri.Config(panel=4, warmup_max=15, mining_max=10, distill_max=5), **changes)
+    return learner_of(SimpleNamespace(cfg=cfg, tick=None), env=SimpleNamespace(tasks=lambda split: "games of it"),
+                      progress=siri.Progress(iteration=10, env_steps=1000))
+
+
+def test_the_time_that_is_left_is_that_of_iterations_and_evaluations():
+    """20 iterations of 60 s; four evaluations (one after mining is with skills) of 4 games of 30 s."""
+    shown = progress.Progress(fake_learner())
+    assert shown.eta() == ""
+    shown.iterated(metrics_row(9, 0, rollout_s=20.0, update_s=40.0))
+    assert shown.eta() == "20m"
+    shown.evaluated(siri.Evaluation("base", [None] * 4, [], 120.0, False))
+    assert progress.games_left(shown.learner) == 16 and shown.eta() == "28m"
+    assert progress.games_left(fake_learner(eval_every=5, eval_panel=3)) == 16 + 4 * 3
+    assert progress.games_left(fake_learner(variant="gigpo")) == 4 and progress.iterations_left(fake_learner(variant="gigpo")) == 20
+    assert progress.iterations_left(fake_learner(env_steps=1250)) == 3                   # of 100 steps each, as so far
+    shown.close()
+
+
+def test_long_work_says_in_a_log_how_far_it_is(monkeypatch, capsys):
+    now = [1000.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    work = progress.Work(lambda: "; run: eta 3h12")
+    for done, seconds in ((0, 0), (0, 60), (0, 60), (20, 60), (40, 60), (60, 100)):
+        now[0] += seconds
+        work("base", done, 140)
+    work("rollout", 1, 32)                                      # another work: its time begins anew
+    now[0] += 119
+    work("rollout", 32, 32)
+    work.close()
+    out = capsys.readouterr()
+    assert out.err == "" and out.out.splitlines() == [
+        "     base 0/140; run: eta 3h12", "     base 40/140, 10m to go; run: eta 3h12"]
+
+
+def test_bars_and_lines_share_a_terminal(screen):
+    read = screen(80)
+    shown = progress.Progress(fake_learner())
+    for done in range(5):
+        shown.work("rollout", done, 4)
+    shown.iterated(metrics_row(9, 0, rollout_s=20.0, update_s=40.0))
+    lines.say("a line")
+    shown.bar.refresh()
+    rows = read()
+    assert rows[0] == "a line" and re.fullmatch(r"warm-up: +33%\|.*\| 10/30, plain 0.25, 1200 tok/s, eta 20m", rows[1])
+    assert re.match(r"rollout: 100%\|.*\| 4/4 ", rows[2]) and all(len(row) <= 80 for row in rows) and "nan" not in "".join(rows)
+    shown.close()
+    lines.say("the end")
+    assert [row for row in read() if row] == ["a line", "the end"]
+
+
+def test_a_curve_is_measured_without_moving_the_run_and_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run = ("--preset smoke --variant gigpo --warmup-max 2 --mining-max 0 --distill-max 0 --groups 1 --group-size 2 --panel 2 --max-steps 3"
+           " --no-base-eval --name").split()
+    curve = "--eval-every 1 --eval-panel 1".split()
+    real, labels = siri.evaluate, []
+
+    def stopped(policy, env, panel, cfg, label, *bank):
+        labels.append((label, len(panel)))
+        if len(labels) == 2:
+            raise KeyboardInterrupt
+        return real(policy, env, panel, cfg, label, *bank)
+
+    assert main([*run, "plain"]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(siri, "evaluate", stopped)
+        assert main([*run, "broken", *curve]) == 130
+        assert main(["--resume", "runs/broken"]) == 0
+    assert labels == [("curve", 1)] * 3 + [("final", 2)]
+    plain, broken = ([{**r, "seconds": 0} for r in read_json(tmp_path / "runs" / name / "results.json")] for name in ("plain", "broken"))
+    assert [(r["label"], r["iteration"], r["n"]) for r in broken] == [("curve", 0, 1), ("curve", 1, 1), ("final", 2, 2)]
+    assert broken[-1:] == plain
+    adapters = {(latest_checkpoint(tmp_path / "runs" / name) / "adapter_model.safetensors").read_bytes() for name in ("plain", "broken")}
+    assert len(adapters) == 1
+    assert "curve" not in capsys.readouterr().out.split("results of")[-1]
+
+
+def test_a_tracker_that_is_missing_is_named_before_any_work(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for name in track.TRACKERS:
+        assert main(["--preset", "smoke", "--track", name]) == 2
+        out = capsys.readouterr()
+        assert out.out == "" and out.err == f"siri: --track {name}: is not installed; pip install {name}, or leave it out (--track none)\n"
+    assert {*track.TRACKERS, "none"} == {*next(f for f in dataclasses.fields(siri.Config) if f.name == "track").metadata["form"].words
+                                         .removeprefix("one of ").split(", ")}
+
+
+@pytest.mark.parametrize("fails", ["begin", "log", "end"])
+def test_a_tracker_that_fails_ends_with_one_warning(monkeypatch, tmp_path, capsys, fails):
+    def lost(*_):
+        print("noise of a tracker")
+        raise ConnectionError("no\nnetwork")
+
+    sent = []
+    monkeypatch.setitem(track.TRACKERS, "wandb", lambda *_: lost() if fails == "begin" else (
+        lost if fails == "log" else lambda *said: sent.append(said), lost))
+    tracker = track.Tracker(siri.Config(track="wandb"), tmp_path, None)
+    for step in range(2):
+        tracker.log(step, dict(kl=0.5, success_skill=math.nan), new_bank(), "a sample")
+    tracker.close()
+    tracker.close()
+    assert capsys.readouterr().out == ("     warning: --track wandb failed and ends here, the run goes on (ConnectionError: no network)\n")
+    assert sent == [(step, {"train/kl": 0.5}, None, "a sample") for step in range(2)] * (fails == "end")
+
+
+@pytest.mark.parametrize("name", [*track.TRACKERS])
+def test_a_tracker_holds_what_a_run_logs_and_goes_on_after_a_resume(name, tmp_path, monkeypatch, capsys):
+    """Read back by TensorBoard's own reader, from trackio's database, and wandb's files (which takes seconds)."""
+    if name == "wandb" and not os.environ.get("SIRI_SLOW"):
+        pytest.skip("slow: set SIRI_SLOW=1 to run it")
+    pytest.importorskip(name)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    if name == "trackio":
+        monkeypatch.setattr("trackio.sqlite_storage.TRACKIO_DIR", tmp_path / "store")
+    bank = new_bank()
+    bank.add("the task needs pen | cup", "look on the desk first", 2, "game 7")
+    for begins in (None, 2):
+        tracker = track.Tracker(siri.Config(track=name, name="x"), tmp_path, begins)
+        for step in range(begins or 0, (begins or 0) + 3):          # the third was logged, but not saved
+            tracker.log(step, dict(kl=0.5 * step, success_skill=math.nan), bank, "a <sample>")
+        tracker.evaluated(step, evaluation("phase 1 plain", step, 3, 4))
+        tracker.close()
+    assert capsys.readouterr().out == ""
+    if name == "tensorboard":
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+        log = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+        assert [(e.step, e.value) for e in log.Scalars("train/kl")] == [(0, 0), (1, 0.5), (2, 1), (2, 1), (3, 1.5), (4, 2)]
+        low, high = (log.Scalars(f"eval/phase_1_plain/{end}")[0].value for end in ("low", "high"))
+        assert (low, high) == pytest.approx(wilson(3, 4)) and "train/success_skill" not in log.Tags()["scalars"]
+        text = log.Tensors("skills/text_summary")[0].tensor_proto.string_val[0].decode()
+        assert "| when the task needs pen \\| cup -> look on the desk first | candidate |" in text
+    if name == "trackio":
+        store = sqlite3.connect(tmp_path / "store" / "siri.db")
+        said = [(step, run, json.loads(values)) for step, run, values in store.execute("select step, run_id, metrics from metrics")]
+        assert [(step, v["train/kl"]) for step, _, v in said if "train/kl" in v] == [(k, 0.5 * k) for k in (0, 1, 2, 2, 3, 4)]
+        assert len({run for _, run, _ in said}) == 1 and said[0][2]["skills"]["_value"][0]["state"] == "candidate"
+        assert "a &lt;sample&gt;" in said[0][2]["sample"]["_value"]
+    if name == "wandb":
+        logs = [*tmp_path.glob("wandb/offline-run-*/run-*.wandb")]
+        assert len({path.name for path in logs}) == 1 and all(path.read_bytes().count(b"train/kl") >= 3 for path in logs)

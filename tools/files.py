@@ -63,7 +63,8 @@ def read_json(path: Path, form: Any = skills.ANYTHING) -> Any:
     return data
 
 
-OWN = {"config.json", "lock", "checkpoints", "samples", "metrics.csv", "results.json", "skills.json", "report.html",
+OWN = {"config.json", "lock", "checkpoints", "samples", "metrics.csv", "results.json", "skills.json", "report.html", "tensorboard",
+       "wandb",
        *(f"{name}.tmp" for name in ("config.json", "results.json", "skills.json", "report.html"))}  # what a run makes in its folder
 FILES = {"adapter_model.safetensors", "optimizer.safetensors", "progress.json", "skills.json"}         # of every checkpoint
 RATE = Form(lambda x: isinstance(x, (int, float)), "a number or NaN")

@@ -47,7 +47,7 @@ def imitate(learner: siri.Learner, tasks: Sequence[envs.Task]) -> None:
     cfg = dataclasses.replace(learner.cfg, distill_epochs=1)
     for group in learner.optimizer.param_groups:
         group["lr"] = cfg.imitate_lr
-    with tqdm(total=len(tasks), desc="imitation", unit="game", dynamic_ncols=True) as bar:
+    with tqdm(total=len(tasks), desc="imitation", unit="game", dynamic_ncols=True, leave=False, disable=None) as bar:
         for at in range(0, len(tasks), GAMES_AT_ONCE):
             part = tasks[at:at + GAMES_AT_ONCE]
             rows = [row for task in part for row in demonstration(learner.policy, learner.env, task)]

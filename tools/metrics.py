@@ -19,6 +19,7 @@ import siri
 from policy import peak_gib
 from siri import PHASES, Config
 from skills import Skill
+from tools.terminal import fitted
 
 
 def mean(values: Iterable[float]) -> float:
@@ -138,29 +139,41 @@ def warnings_of(row: dict[str, Any], cfg: Config) -> list[str]:
     return [text for sign, text in signs if sign]
 
 
-def dense_line(r: dict[str, Any]) -> str:
-    """An iteration on one line: success ± standard error (n), kl and H in nats per token, seconds of rollout + update."""
+def with_error(name: str, value: float, error: float, digits: int = 2) -> str:
+    """A mean with its standard error, as far as there are any."""
+    return "" if math.isnan(value) else f"{name} {value:.{digits}f}" + ("" if math.isnan(error) else f"±{error:.{digits}f}")
+
+
+def dense_line(r: dict[str, Any], eta: str = "") -> str:
+    """An iteration on one line: success ± standard error and n, kl and H in nats per token, seconds of rollout + update; as much of
+    it as fits. All of it is in metrics.csv."""
     def half(name: str) -> str:
         p, n = r[f"success_{name}"], r[f"n_{name}"]
-        rate = f"{p:.2f}±{math.sqrt(p * (1 - p) / n):.2f} (n {n})" if n else "-"
-        score = f" score {r[f'score_{name}']:.2f}±{r[f'score_{name}_se']:.2f}" if n and f"score_{name}" in r else ""
-        return f"{name} {rate}{score}"
+        return f"{with_error(name, p, math.sqrt(p * (1 - p) / n))} n {n}" if n else f"{name} -"
 
-    text = (f"{r['iteration']:4d} {PHASES[r['phase']]:<11} {half('plain')}  {half('skill')}  steps {r['mean_steps']:.1f}  "
-            f"invalid {r['invalid_rate']:.2f}  solved {r['solved_tasks']}  kl {r['kl']:.3f}  H {r['entropy']:.2f}  "
-            f"{r['rollout_s']:.0f}+{r['update_s']:.0f}s")
-    if r["phase"] > 0:
-        text += f"  skills {r['skills_candidate']}c {r['skills_active']}a {r['skills_retired']}r"
-    return text + (f"  lambda {r['lam']:.2f}  gated {r['internal_rows']}" if r["phase"] == 2 else "")
+    def score(name: str) -> str:
+        return with_error("score", r.get(f"score_{name}", math.nan), r.get(f"score_{name}_se", math.nan))
+
+    phase, pairs = r["phase"], r["phase"] > 0
+    return fitted([
+        (0, f"{r['iteration']:4d} {PHASES[phase]}"), (0, f"{half('plain'):<20}"), (4, score("plain")),
+        (0, f"{half('skill'):<20}" * pairs), (4, score("skill")),
+        (4 if phase == 1 else 6, f"skills {r['skills_candidate']}c {r['skills_active']}a {r['skills_retired']}r" * pairs),
+        (3, f"lam {r['lam']:.2f}" * (phase == 2)), (9, f"gated {r['internal_rows']}" * (phase == 2)),
+        (8 if pairs else 3, f"solved {r['solved_tasks']:<4}"), (9, f"steps {r['mean_steps']:.1f}"),
+        (7, "" if math.isnan(r["invalid_rate"]) else f"invalid {r['invalid_rate']:.2f}"), (5, f"kl {r['kl']:.3f}"),
+        (8, f"H {r['entropy']:.2f}"), (2, f"{r['rollout_s']:.0f}+{r['update_s']:.0f}s"), (1, f"eta {eta}" if eta else "")])
 
 
-def result_line(r: dict[str, Any], width: int = 20) -> str:
+def result_line(r: dict[str, Any], width: int = 19, indent: int = 0) -> str:
     """An evaluation on one line: success with its 95% Wilson interval, score ± standard error if there is one, n,
-    actions per episode, share of invalid steps."""
+    actions per episode, share of invalid steps; as much of it as fits after the indent. `width` is the label's."""
     lo, hi = (max(0.0, bound) for bound in r["interval"])           # rounding may have left -1e-17
-    score = f"score {r['score']:.3f}±{r['score_se']:.3f}  " if "score" in r else ""
-    return (f"{r['label']:<{width}} success {r['success']:.3f} [{lo:.3f}, {hi:.3f}]  {score}n {r['n']}  "
-            f"steps {r['mean_steps']:.1f}  invalid {r['invalid_rate']:.3f}")
+    return " " * indent + fitted([
+        (0, f"{r['label']:<{width}} success {r['success']:.3f} [{lo:.3f}, {hi:.3f}]"),
+        (2, with_error("score", r.get("score", math.nan), r.get("score_se", math.nan), 3)), (1, f"n {r['n']}"),
+        (3, f"steps {r['mean_steps']:.1f}"),
+        (4, "" if math.isnan(r["invalid_rate"]) else f"invalid {r['invalid_rate']:.2f}")], indent)
 
 
 def utility(skill: Skill, kappa: float) -> str:
@@ -178,11 +191,12 @@ def lost_games(played: siri.Evaluation) -> list[str]:
 def kind_lines(result: dict[str, Any]) -> list[str]:
     """One line per task type."""
     width = max(map(len, result["kinds"]), default=0)
-    return ["  " + result_line(dict(r, label=kind), width) for kind, r in result["kinds"].items()]
+    return [result_line(dict(r, label=kind), width, indent=2) for kind, r in result["kinds"].items()]
 
 
 def results_block(folder: Any, results: Sequence[dict[str, Any]]) -> str:
-    """What a run reached: one line per evaluation, and the last one per task type."""
-    return "\n".join([f"results of {folder} ({results[-1]['panel']}; success with 95% Wilson interval)",
-                      *("  " + result_line(r) for r in results), "per task type, " + results[-1]["label"],
+    """What a run reached: one line per evaluation of the whole panel, and the last one per task type."""
+    results = [r for r in results if r["label"] != siri.CURVE] or results
+    return "\n".join([f"results of {folder}", f"{results[-1]['panel']}; success with 95% Wilson interval",
+                      *(result_line(r, indent=2) for r in results), "per task type, " + results[-1]["label"],
                       *kind_lines(results[-1])])

@@ -128,7 +128,7 @@ def conflicts(cfg: Config, given: dict[str, Any]) -> Iterable[tuple[str, str]]:
             ("alfworld_data", "--env alfworld", cfg.env == "alfworld"),
             ("webshop_data webshop_split webshop_tagger observation", "--env webshop", cfg.env == "webshop"),
             ("webshop_size webshop_goals", "--webshop-data", cfg.webshop_data),
-            ("generated", "--env alfworld or webshop", cfg.env in SPLITS)):
+            ("generated", "--env alfworld or webshop", cfg.env in SPLITS), ("eval_panel", "--eval-every", cfg.eval_every)):
         for name in names.split():
             if not there and given.get(name, getattr(Config, name)) != getattr(Config, name):
                 yield name, f"has no effect without {needed}; add that, or leave it out"
