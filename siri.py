@@ -268,11 +268,10 @@ def rollout(policy: Policy, env: envs.Environment, plan: Plan, temperature: floa
 
     `dice` is the number that chance comes from: each token is drawn by (dice, task, rollout, step, position), so an episode is the
     same in whatever batch, and on whatever rank: the ranks of a run play some groups each, so many that all are busy, by `lengths`
-    (expected actions of an episode, by kind of task), and tell each other. `policy.tick` is told under `name` how many of its
-    own episodes have ended. An environment that raises loses its group: the group
-    comes back empty and the cause is appended to `failures`. An episode that reaches a state whose prompt can't be cut to
-    `max_prompt` ends there, unsolved, with `overlong` set. UserError for such a prompt of a first step, for a row that doesn't fit
-    into memory, and where the machine fails.
+    (expected actions of an episode, by kind of task), and tell each other. `policy.tick` hears under `name` how many have ended.
+    An environment that raises loses its group: the group comes back empty and the cause is appended to `failures`. An episode that
+    reaches a state whose prompt can't be cut to `max_prompt` ends there, unsolved, with `overlong` set. UserError for such a prompt
+    of a first step, for a row that doesn't fit into memory, and where the machine fails.
     """
     groups, ranks = [[Episode(task, skill) for skill in dealt] for task, dealt in plan], policy.ranks
     dealt = ranks.deal([(lengths or {}).get(task.kind, env.max_steps) * len(skills) for task, skills in plan])
