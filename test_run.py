@@ -1116,15 +1116,16 @@ def test_any_checkpoint_file_works_or_is_named(parked_run, data, name, action, m
 @settings(max_examples=100, deadline=None)
 @given(data=st.data())
 @pytest.mark.parametrize("name", ["config.json", "results.json", "samples/0000.json", "adapter_config.json", "progress.json", "skills.json"])
-def test_any_run_is_taken_home_or_its_file_is_named(parked_run, data, name):
-    folder = fresh(parked_run / "template", parked_run / "x")
+def test_any_run_is_taken_home_or_its_file_is_named(runs, tmp_path_factory, data, name):
+    root = tmp_path_factory.mktemp("home")
+    folder = fresh(runs[0] / "runs/x", root / "x")
     last = latest_checkpoint(folder)
     path = folder / name if (folder / name).exists() and name != "skills.json" else last / name
     write_damaged(path, data.draw(damaged_json(json.loads(path.read_text()))))
     sign(last)
-    shutil.rmtree(parked_run / "out", ignore_errors=True)
-    works_or_says_why(call("--export", folder, "--to", parked_run / "out"), path.name, "siri: --")
-    assert not (parked_run / "out.writing").exists()
+    works_or_says_why(call("--export", folder, "--to", root / "out"), path.name, "siri: --")
+    assert not (root / "out.writing").exists()
+    shutil.rmtree(root)
 
 
 @st.composite
