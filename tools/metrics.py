@@ -156,7 +156,7 @@ def dense_line(r: dict[str, Any], eta: str = "") -> str:
 
     phase, pairs = r["phase"], r["phase"] > 0
     return fitted([
-        (0, f"{r['iteration']:4d} {PHASES[phase]}"), (0, f"{half('plain'):<20}"), (4, score("plain")),
+        (0, f"{r['iteration']:4d} {PHASES[phase]}"), (0, f"{half('plain'):<20}"), (3, score("plain")),
         (0, f"{half('skill'):<20}" * pairs), (4, score("skill")),
         (4 if phase == 1 else 6, f"skills {r['skills_candidate']}c {r['skills_active']}a {r['skills_retired']}r" * pairs),
         (3, f"lam {r['lam']:.2f}" * (phase == 2)), (9, f"gated {r['internal_rows']}" * (phase == 2)),
