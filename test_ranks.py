@@ -252,6 +252,7 @@ def test_ten_kills_of_either_rank_change_nothing(tmp_path):
     same_run(whole / "runs/x", broken / "runs/x")
 
 
+@slow
 @linux
 def test_a_signal_to_any_rank_saves_and_ends_all(tmp_path):
     agent = torchrun(tmp_path, 2, *f"{SMALL} --groups 2 --group-size 2 --warmup-max 50 --n-req 999 --panel 1".split(),
@@ -290,8 +291,8 @@ def test_a_rank_that_is_stopped_ends_the_run_within_a_minute(tmp_path, rank):
     assert len(said(tmp_path)) == 1 and re.search(rf"rank {rank} .* no sign of life for 20 s", said(tmp_path)[0])
 
 
-@pytest.mark.parametrize("args, line", [(["--play"], "--play: is for one process"),
-                                        pytest.param(["--preset", "smok"], "--preset smok", marks=slow)])
+@slow
+@pytest.mark.parametrize("args, line", [(["--play"], "--play: is for one process"), (["--preset", "smok"], "--preset smok")])
 def test_bad_flags_and_commands_for_one_process_are_refused_once(tmp_path, args, line):
     assert torchrun(tmp_path, 2, *args).wait(60) == 1
     assert len(said(tmp_path)) == 1 and line in said(tmp_path)[0]

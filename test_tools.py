@@ -69,6 +69,7 @@ def spoken(groups):
     return [[s.response for s in e.steps] for group in groups for e in group]
 
 
+@slow
 def test_the_benchmarks_rollouts_play_the_same_episodes(world):
     """The decoder, and `generate` one prompt at a time and in lock step."""
     env, policy = world
@@ -110,7 +111,8 @@ def test_sides_take_turns_after_a_warm_up():
     assert seen == [("a", 0), ("b", 0), ("a", 1), ("b", 1), ("a", 2), ("b", 2)]
 
 
-@pytest.mark.parametrize("part, rows, work", [("rollouts", 4, ("steps", "tokens")), ("logprobs", 3, ()), ("paper", 12, ())])
+@pytest.mark.parametrize("part, rows, work", [
+    ("rollouts", 4, ("steps", "tokens")), pytest.param("logprobs", 3, (), marks=slow), pytest.param("paper", 12, (), marks=slow)])
 def test_a_benchmark_prints_and_writes_what_it_promises(tmp_path, capsys, part, rows, work):
     path = tmp_path / "bench.json"
     bench.main([part], config(), rounds=1, quick=True, path=path)
@@ -1322,6 +1324,7 @@ def test_a_base_that_wins_nothing_imitates_and_one_that_wins_does_not(stranger_f
     assert "nothing is imitated" in (out := capsys.readouterr().out) and "games imitated" not in out
 
 
+@slow
 def test_a_cold_start_that_was_killed_is_made_again_to_the_same_policy(stranger_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     run = (f"--preset paper --no-4bit --generated --model {stranger_folder} --lora-r 4 --max-response 4 --max-steps 15 --panel 1 "
