@@ -192,7 +192,7 @@ def test_variants_leave_phases_out_and_have_the_same_budget(tmp_path, monkeypatc
 
 def test_a_run_on_webshop_reports_scores_and_says_what_it_shops_in(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert main(f"{SMALL} --env webshop --warmup-max 1 --mining-max 1 --distill-max 1 --panel 2 --groups 4 "
+    assert main(f"{SMALL} --env webshop --warmup-max 1 --mining-max 2 --distill-max 1 --panel 2 --groups 5 "
                      "--group-size 2".split()) == 0
     out = capsys.readouterr().out
     assert "GENERATED catalogue 0" in out.splitlines()[0] and "not WebShop benchmark scores" in out.splitlines()[0]
