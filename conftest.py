@@ -1,4 +1,4 @@
-"""What several test files share: small configurations, a tiny policy and a stranger's, and two whole runs that begin at once."""
+"""What several test files share: small configurations, a tiny policy and a stranger's, and two whole runs."""
 
 import contextlib
 import csv
@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -326,17 +325,22 @@ def two_runs(through, broken):
     return through, broken
 
 
-@pytest.fixture(scope="session", autouse=True)
-def begun(request, tmp_path_factory):
-    """`two_runs`, on the other core while the tests before them run: they take a minute and a half."""
-    with ThreadPoolExecutor(1) as other_core:
-        yield (any("runs" in item.fixturenames for item in request.session.items)
-               and other_core.submit(two_runs, *map(tmp_path_factory.mktemp, ("through", "broken"))))
-
-
 @pytest.fixture(scope="session")
-def runs(begun):
-    return begun.result()
+def runs(tmp_path_factory):
+    return two_runs(*map(tmp_path_factory.mktemp, ("through", "broken")))
+
+
+def pytest_collection_modifyitems(items):
+    """The tests of these two runs go to one process, which makes them once."""
+    for item in items:
+        if "runs" in item.fixturenames:
+            item.add_marker(pytest.mark.xdist_group("runs"))
+
+
+def pytest_xdist_auto_num_workers(config):
+    """The whole suite runs on all cores, up to four; a part of it here, which begins sooner."""
+    whole = config.args == config.getini("testpaths") and not config.option.keyword
+    return min(os.cpu_count(), 4) if whole else 0
 
 
 def spoil(path, how):
