@@ -330,6 +330,7 @@ def runs(tmp_path_factory):
     return two_runs(*map(tmp_path_factory.mktemp, ("through", "broken")))
 
 
+@pytest.hookimpl(tryfirst=True)             # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items):
     """The tests of these two runs go to one process, which makes them once."""
     for item in items:
