@@ -330,12 +330,13 @@ def runs(tmp_path_factory):
     return two_runs(*map(tmp_path_factory.mktemp, ("through", "broken")))
 
 
-@pytest.hookimpl(tryfirst=True)             # before pytest-xdist reads the groups
+@pytest.hookimpl(wrapper=True)              # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items):
     """The tests of these two runs go to one process, which makes them once."""
     for item in items:
         if "runs" in item.fixturenames:
             item.add_marker(pytest.mark.xdist_group("runs"))
+    return (yield)
 
 
 def pytest_xdist_auto_num_workers(config):
