@@ -9,8 +9,10 @@ through `esc`. Charts and style are in `figures.py`.
 
 from __future__ import annotations
 
+import base64
 import csv
 import dataclasses
+import hashlib
 import io
 import itertools
 import math
@@ -49,6 +51,7 @@ CURVES = (      # column of metrics.csv, heading, what it is; an older run may l
     ("update_tokens_per_s", "Update speed", "Prompt and response tokens through forward and backward, per second"))
 SAMPLES_MIB = 8         # of sample files on the page at most: some thousands of steps, which a browser still shows at once
 RELOAD_S = 60           # after so long the page of a live run loads itself anew
+RELOAD = f"setTimeout(() => location.reload(), {1000 * RELOAD_S})"
 
 
 # ---- 1. Files in ---------------------------------------------------------------------------------------------
@@ -384,11 +387,13 @@ def config_section(cfg: dict[str, Any]) -> str:
 
 
 def document(title: str, links: dict[str, str], header: str, main: str, alive: bool = False) -> str:
-    """A whole page in HTML: `links` from the ids of its sections to their names; one that is `alive` loads itself anew."""
+    """A whole page in HTML: `links` from the ids of its sections to their names; one that is `alive` loads itself anew, by a script
+    that is known by its hash: no other runs."""
+    known = f"; script-src 'sha256-{base64.b64encode(hashlib.sha256(RELOAD.encode()).digest()).decode()}'" * alive
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-{f'<meta http-equiv="refresh" content="{RELOAD_S}">' * alive}<title>{title}</title><style>{STYLE}</style></head>
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'{known}">
+{f"<script>{RELOAD}</script>" * alive}<title>{title}</title><style>{STYLE}</style></head>
 <body>{header}
 <nav aria-label="Sections">{"".join(f'<a href="#{k}">{v}</a>' for k, v in links.items())}</nav>
 <main>{main}</main></body></html>
