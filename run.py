@@ -516,7 +516,7 @@ def find_run(chosen: argparse.Namespace, given: dict[str, Any], held: ExitStack)
     if cfg and not (name and checkpoints(folder)):
         return Run(cfg, folder, reason, None), prepare_folder(cfg, held)
     if not checkpoints(folder):
-        raise UserError(f"{folder}: holds no checkpoint; give a run folder such as runs/NAME")
+        raise UserError(f"{folder}: holds no checkpoint; give a run folder such as runs/NAME, whole, or train a new one")
     lock = held.enter_context(closing(Lock(folder)))            # before anything is read, which another process may change
     run = Run(load_config(folder, given), folder, "saved with the run", latest_checkpoint(folder))
     if (folder / "results.json").exists():

@@ -1,11 +1,13 @@
 """One run: whole runs, resuming to the byte, bad input, and what no text and no file may do."""
 
 import ast
+import contextlib
 import copy
 import dataclasses
 import errno
 import gc
 import importlib
+import io
 import itertools
 import json
 import math
@@ -62,6 +64,7 @@ from decode import Decoder
 from policy import Policy, UserError
 from run import Lock, append_metrics, load_checkpoint, main, parse_arguments, save_checkpoint
 from skills import Skill, SkillBank, SkillRejected
+from tools import probe
 from tools.files import checkpoints, damage, file_hash, latest_checkpoint, write_json, write_text
 from tools.metrics import wilson
 from tools.settings import flag, load_config, make_environment, resolve
@@ -1222,3 +1225,25 @@ def test_the_help_fits_80_columns_and_shows_the_defaults_in_force(monkeypatch, c
         said = " ".join(text.split())
         assert f"never the skill [R] (default {default})" in said and f"AdamW learning rate [R] (default {lr})" in said
     assert main(["--help", "--env", "webshp"]) == 2 and "--env webshp: must be one of alfworld, webshop" in capsys.readouterr().err
+
+
+README_COMMANDS = re.findall(r"^(?:python siri\.py --(?:report|resume|eval|play|export|probe|help)).*$", (HERE / "README.md").read_text(), re.M)
+
+
+def test_the_readme_has_a_command_for_all_that_is_done_with_a_run():
+    assert len(README_COMMANDS) == 9
+
+
+@pytest.mark.parametrize("command", README_COMMANDS)
+def test_a_command_of_the_readme_runs(copied_run, monkeypatch, command):
+    """As it stands, but for names of folders, in few games; the trainings and the two set-ups are run by others."""
+    shutil.copytree("runs/x", "runs/A")
+    shutil.copytree("runs/x", "runs/B")
+    monkeypatch.setattr("sys.stdin", io.StringIO("q\n"))
+    words = shlex.split(command, comments=True)[2:]
+    words = [{"runs/NAME": "runs/x", "FOLDER": str(HERE / TINY) if "--probe" in words else "home"}.get(word, word) for word in words]
+    words += ["--panel", "1"] if "--eval" in words else ["--preset", "tiny"] if "--probe" in words else []
+    monkeypatch.setattr(probe, "STATES", 2)
+    monkeypatch.setattr(probe, "WINS", 1)
+    with pytest.raises(SystemExit) if "--help" in words else contextlib.nullcontext():
+        assert main(words) == 0

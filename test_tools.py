@@ -1098,6 +1098,8 @@ def test_a_class_copy_has_no_outputs_and_no_answers(tmp_path):
         answers = [cell for cell in whole.cells if "answer" in cell.metadata.get("tags", [])]
         left = [cell.id for cell in copied.cells]
         assert answers and left == [cell.id for cell in whole.cells if cell not in answers]
+        for cell in answers:                # no question, formula or heading goes with them, but those of the last section
+            assert not re.search(r"\*\*Predict:|\$\$|^## (?!What the module has)", cell.source, re.M), cell.id
         assert 'REPOSITORY = "https://example.org/ours.git"' in code_cells(copied)[0].source
         text = "\n".join(cell.source for cell in copied.cells)
         assert not any(line in text for cell in answers for line in cell.source.splitlines() if len(line) > 40)
@@ -1233,6 +1235,15 @@ def test_the_readme_is_short_and_nothing_in_it_is_cut_off():
     for i, block in enumerate(README.split("```")):
         for line in block.splitlines():
             assert len(line) <= (100 if i % 2 else 120) or line.startswith(("|", "![")), line
+
+
+def test_the_readmes_hours_are_those_that_were_measured():
+    """Of the preset's 150 iterations, on the card of the file."""
+    told = {r["what"]: r["ours"]["median"] for r in json.loads((HERE / "assets/bench-cuda.json").read_text())["rows"]}
+    for card, row in (("24 GB, 4-bit", "`paper`"), ("48 GB, bf16", "`paper48`")):
+        load, hours = told[f"{card}: load and fit"], told[f"{card}: iteration of 50 steps, 1,000 + 150 tokens"]
+        line = next(line for line in README.splitlines() if f"| {row} |" in line)
+        assert line.endswith(f"| {load:.0f} s | {hours:.2f} h | {150 * hours:.0f} h |")
 
 
 def test_links_to_headings_lead_somewhere():
