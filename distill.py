@@ -54,9 +54,10 @@ def action_gate(
     """S7: `gate = [used a skill] [U_s > 0] [Delta_g > 0] [action token]`, (B, T) bool.
 
     `is_action` (B, T) bool from `action_mask`; per row (B,): `used_skill` bool, `utility` U_s and `delta` Delta_g, both
-    differences of success rates. `tokens="response"` takes `response_mask` (B, T) bool, all sampled tokens, in place of
-    `is_action`; `require_pair_gain=False` drops the condition on Delta_g; `gated=False` (ablation `no_gate`) drops both
-    conditions on the skill. Another `tokens`, or "response" without its mask, raises ValueError.
+    differences of success rates, which have to be above 0 (`tau_up` is about promotion). `tokens="response"` takes
+    `response_mask` (B, T) bool, all sampled tokens, in place of `is_action`; `require_pair_gain=False` drops the condition on
+    Delta_g; `gated=False` (ablation `no_gate`) drops both conditions on the skill. Another `tokens`, or "response" without its
+    mask, raises ValueError.
     """
     if tokens not in ("action", "response"):
         raise ValueError(f"tokens must be 'action' or 'response', got {tokens!r}")

@@ -82,6 +82,7 @@ class Settings(Protocol):
     update_tokens: int
     compact: bool                           # a tiny policy: it is faster on the CPU, whatever the machine has
     date: str
+    thinking: bool
     lr: float
     weight_decay: float
     seed: int
@@ -293,6 +294,7 @@ class Chat:
                             "where in a text a token is from; save it again as a fast one")
         # A template that writes the date writes the same one tomorrow.
         today = datetime.date.fromisoformat(cfg.date) if cfg.date else datetime.date.today()
+        template = "{%- set enable_thinking = false -%}" * (not cfg.thinking) + template
         tokenizer.chat_template = re.sub(r"strftime_now\s*\(\s*(['\"])(.*?)\1\s*\)", lambda m: repr(today.strftime(m[2])), template)
         if refusal := self.refusal():                           # some templates want a system turn, and most can do without
             self.before = [dict(role="system", content="You are a helpful assistant.")]

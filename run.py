@@ -252,7 +252,8 @@ class Stop:
 
     def ask(self, number: int, frame: Any) -> None:
         if not self.asked:
-            say("stopping after this iteration" + "; once more stops now and repeats it on resuming" * (not self.once), sys.stderr)
+            again = "" if self.once else "; once more stops now and repeats it on resuming"
+            say(f"stopping after this iteration, or this evaluation{again}", sys.stderr)
         self.asked = True
         for which in SIGNALS if not self.once else ():
             signal.signal(which, signal.default_int_handler)

@@ -11,7 +11,8 @@
 Sections: 1 settings, 2 rollout, 3 what a rollout was worth, 4 rows, 5 loss, 6 an iteration, 7 the three phases, 8 evaluation.
 `train` is a generator of events, and neither prints nor saves: the one loop that consumes it is in `run.py`, a notebook may
 write its own. Where is ... a skill put into the prompt: `fit_prompt`; a group split into pairs: `paired_plan`; the loss:
-`step_loss`; the reward: `envs.SUCCESS_REWARD`, and what changes with it: `advantage_unit`.
+`step_loss`; the gate: `internalization_rows`, by `distill.action_gate`; the reward: `envs.SUCCESS_REWARD`, and what changes
+with it: `advantage_unit`.
 
 The mathematics is pure and elsewhere: `gigpo.py` (G1-G8), `skills.py` (S1-S6), `distill.py` (S7-S10); worlds are in `envs.py`,
 the model is in `policy.py`. [P] is the SIRI paper (arXiv 2606.02355), [R] the GiGPO release (arXiv 2505.10978), [O] our choice
@@ -111,8 +112,8 @@ class Config:
     max_steps: int = setting(50, "actions per episode; WebShop 15 [R], an own class its `max_steps`")
     prompt_style: str = setting("full", "prompts for instruct models (full) or the tiny policy", choices=("full", "compact"))
     history: int = setting(2, "observation-action pairs in the prompt [R]", count(0))
-    preset: str = setting("auto", "small, paper, paper48, tiny or smoke; auto: by device memory, tiny without a device or data",
-                          section="policy")
+    preset: str = setting("auto", "auto: by device memory, tiny without a device or data",
+                          choices=("auto", "small", "paper", "paper48", "tiny", "smoke"), section="policy")
     model: str = setting("Qwen/Qwen2.5-7B-Instruct", "hub id or local folder [P]")
     base: str = setting("", "fingerprint of the base model; made when a run begins, and another model is refused from then on")
     four_bit: bool = setting(True, "NF4 weights with bf16 compute; needs CUDA")
@@ -120,6 +121,8 @@ class Config:
     lora_alpha: int = setting(128, "LoRA scale is alpha / r [O]")
     max_prompt: int = setting(2048, "prompt tokens, WebShop 4096; longer ones lose history first, never the skill [R]")
     max_response: int = setting(512, "sampled tokens per step [R]")
+    thinking: bool = setting(True, "where a chat template has the choice (Qwen3's enable_thinking): long thoughts of the model; "
+                             "off: it begins with an empty one")
     date: str = setting("", "the day that a chat template takes for today, as 2026-01-31; default the day on which a run began",
                         skills.Form(is_day, "a day, as 2026-01-31"))
     temperature: float = setting(1.0, "sampling temperature while training [R]")

@@ -49,7 +49,7 @@ def test_action_mask_agrees_with_characters_however_the_text_is_cut(before, acti
 
 @pytest.mark.parametrize("require_pair_gain, gated", [(True, True), (False, True), (True, False), (False, False)])
 def test_s7_truth_table(require_pair_gain, gated):
-    cases = [(s, u, d) for s in (True, False) for u in (0.1, 0.0, -0.1) for d in (0.5, 0.0, -0.5)]
+    cases = [(s, u, d) for s in (True, False) for u in (0.1, 1e-3, 0.0, -0.1) for d in (0.5, 1e-3, 0.0, -0.5)]
     skill, utility, delta = (torch.tensor(x) for x in zip(*cases))
     is_action = torch.tensor([[False, True, True, False]]).expand(len(cases), -1)
     gate = distill.action_gate(is_action, skill, utility, delta, require_pair_gain=require_pair_gain, gated=gated)

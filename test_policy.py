@@ -380,6 +380,20 @@ def test_a_thought_that_the_template_has_begun_counts_as_part_of_the_response(tm
     assert "order: <think>one short" in policy.tokenizer.decode(step.prompt)       # our own tags are no marks of roles
 
 
+CHOICE = CHATML.replace("assistant\n", "assistant\n{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}")
+
+
+def test_a_template_with_the_choice_begins_with_an_empty_thought_if_the_run_says_so(tmp_path):
+    write_model(tmp_path, template=CHOICE)
+    with_thoughts, without = (Policy(stranger_config(tmp_path, thinking=thinking)) for thinking in (True, False))
+    assert (with_thoughts.chat.opening, without.chat.opening) == ("", "<think>\n\n</think>\n\n")
+    assert len(without.encode("hi")) > len(with_thoughts.encode("hi"))
+    without.tokenizer.save_pretrained(tmp_path / "saved")                   # and so where it is taken home
+    from transformers import AutoTokenizer
+    saved = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert saved.apply_chat_template([dict(role="user", content="hi")], add_generation_prompt=True, tokenize=False).endswith("</think>\n\n")
+
+
 DATED = "{{ '<|im_start|>system\nToday is ' + strftime_now(FORM) + '<|im_end|>\n' }}" + CHATML
 
 

@@ -1449,7 +1449,7 @@ def looked_at(text, env="room.py:Room", **given):
     ("go to {place} 1\" for", "Go to {place} 1\" for", "has the action 'Go to bed 1', and answers lose capitals"),
     ("in PLACES)", "in ())", "admissible is empty"),
     ("return self.state(f\"you", "self.n = getattr(self, 'n', 0) + 1\n        return self.state(f\"{self.n} you", "step is not a function of its state"),
-    ("a room .", "a castle .", "--model assets/tiny: the small policy cannot know the word 'castle'.*--preset paper --no-4bit --model FOLDER"),
+    ("a room .", "a castle .", "--model assets/tiny: the small policy cannot read these words of .*: 'castle'; .*--preset paper --no-4bit --model FOLDER"),
     ("max_steps = 2", "max_steps, prompts = 2, dict(full='{goal} {skil}')", "prompts.'full'. cannot be filled in .KeyError: 'skil'"),
     ("max_steps = 2", "max_steps, prompts = 2, dict(full='{goal} {observation}')", "prompts.'full'. has no {skill}")])
 def test_what_is_wrong_with_an_own_class_is_said_in_one_line(abroad, old, new, says):
@@ -1584,7 +1584,7 @@ def test_a_textworld_game_goes_through_all_phases(abroad, tmp_path, monkeypatch)
     for name, seed in (("train-1", 1), ("train-2", 2), ("test-1", 3)):
         subprocess.run([f"{os.path.dirname(sys.executable)}/tw-make", "custom", "--world-size", "1", "--nb-objects", "3", "--quest-length", "1",
                         "--seed", str(seed), "--output", f"games/{name}.z8", "--silent"], check=True)
-    with pytest.raises(UserError, match="small policy cannot know the word"):
+    with pytest.raises(UserError, match="small policy cannot read these words"):
         make_environment(resolve(dict(preset="smoke", env="tw_game.py:TwGames"))[0])
     write_model(tmp_path / "model")
     chat = f"--env tw_game.py:TwGames --model {tmp_path}/model --no-compact --prompt-style full --max-prompt 2048 --max-steps 3".split()

@@ -349,7 +349,7 @@ The prompt of each step is one user turn of this form; history holds the last {c
 empty: what the skills advise has been learnt.
 
 ```text
-{envs.PROMPTS[cfg.env, cfg.prompt_style]}
+{envs.PROMPTS.get((cfg.env, cfg.prompt_style), envs.PROMPTS["own", cfg.prompt_style])}
 ```
 
 ## Training

@@ -402,6 +402,8 @@ def document(title: str, links: dict[str, str], header: str, main: str, alive: b
 
 def page(folder: Path, alive: bool = False) -> str:
     """The whole page. Raises UserError for a folder without config.json, or with files that siri.py did not write."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: there is no such folder; give a run folder such as runs/NAME")
     cfg = read_json(folder / "config.json", CONFIG)
     rows, remark = read_metrics(folder / "metrics.csv")
     results, samples = read_results(folder / "results.json"), read_samples(folder / "samples")

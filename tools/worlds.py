@@ -350,9 +350,9 @@ def refuse_unknown_words(world: World, split: str, model: str) -> None:
     unknown = sorted({word for text in texts | actions for word in text.split() if tokenizer.unk_token_id in ids(word)})
     unsaid = sorted(action for action in actions if tokenizer.decode(ids(action)) != action)
     if unknown or unsaid:
-        lacks = "know the word" if unknown else "write the action"
-        raise UserError(f"--model {model}: the small policy cannot {lacks} {(unknown or unsaid)[0]!r} of {world.own.env}, one of "
-                        f"{len(unknown or unsaid)}; give a chat model: --preset paper --no-4bit --model FOLDER")
+        lacks, words = "read these words" if unknown else "write these actions", unknown or unsaid
+        raise UserError(f"--model {model}: the small policy cannot {lacks} of {world.own.env}: {', '.join(map(repr, words[:12]))}"
+                        f"{', ...' * (len(words) > 12)}; give a chat model: --preset paper --no-4bit --model FOLDER")
 
 
 def same_file(env: str, before: str) -> str:
