@@ -125,5 +125,5 @@ def latest_checkpoint(folder: Path) -> Path:
         if not (problem := damage(path)):
             return path
         say(f"siri: {path} cannot be used ({problem}); trying the one before", sys.stderr)
-    raise UserError(f"{folder}: holds no {'sound ' if found else ''}checkpoint; give a run folder such as runs/NAME, whole, or train "
-                    "a new one")
+    sound = "sound " if found else ""
+    raise UserError(f"{folder}: holds no {sound}checkpoint; give a run folder such as runs/NAME, whole, or train a new one")
