@@ -571,7 +571,7 @@ def train_run(run: Run, lock: Lock | None, ranks: Ranks) -> None:
         if lock:
             write_json(folder / "config.json", dataclasses.asdict(cfg))
             if page := write_report(folder, alive=True):
-                say(f"report: {page}, written anew with every sample and evaluation; open it in a browser")
+                say(folded(f"report: {page}, kept up to date; open it in a browser"))
         try:
             with watched(learner, run, lock) as watch:
                 if cfg.imitate and not learner.progress.milestones:
