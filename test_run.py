@@ -291,7 +291,7 @@ no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA 
     (SMALL + " --dual-clip 0.5", "--dual-clip 0.5"), (SMALL + " --tau-down 1 --tau-up 0", "--tau-down 1.0"),
     (SMALL + " --gamma 1.5", "--gamma 1.5"), (SMALL + " --alfworld-data .", "--alfworld-data.*--preset paper"),
     (SMALL + " --model nowhere/nothing", "--model nowhere/nothing"), ("--with-skills", "--with-skills: .*--eval"),
-    ("--eval a --resume b", "--resume and --eval"), ("--play --bench", "--play and --bench"), ("--report ''", "config.json"), ("--report a --seed 5", "--seed: --report takes no settings"), ("--eval nowhere", "nowhere: holds no checkpoint"),
+    ("--eval a --resume b", "--resume and --eval"), ("--play --bench", "--play and --bench"), ("--report ''", "no such folder"), ("--report a --seed 5", "--seed: --report takes no settings"), ("--eval nowhere", "nowhere: holds no checkpoint"),
     ("--resume nowhere", "nowhere: holds no checkpoint"),
     pytest.param("--preset paper", "4-bit .*--no-4bit.*--preset tiny", marks=no_cuda),
     pytest.param(SMALL + " --4bit", "4-bit .*--no-4bit", marks=no_cuda)])
