@@ -39,8 +39,8 @@ import torch
 
 import gigpo
 from decode import PREFILL, Answer, Ask, Decoder, Follow, Unservable, draw, in_lock_step, uniforms
-from ranks import SLOW, Ranks
 from tools.limits import within
+from tools.ranks import SLOW, Ranks
 from tools.terminal import say
 
 # Batches of any length leave no holes. Read by torch at the first look at the device, so here and not in `Policy`.

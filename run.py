@@ -47,7 +47,6 @@ try:
     import envs
     import siri
     from policy import Policy, UserError
-    from ranks import Ranks, Torchrun, join
     from siri import PHASES, Config
     from skills import FLAG, NUMBER, TEXT, Form, count, misfit
     from tools import bench, compare, export, metrics, play, probe, report
@@ -67,6 +66,7 @@ try:
     )
     from tools.imitation import cold_start
     from tools.progress import Progress, Work
+    from tools.ranks import Ranks, Torchrun, join
     from tools.settings import changes_of, choose_preset, flag, load_config, make_environment, resolve, run_name
     from tools.terminal import folded, printable, say
     from tools.track import Tracker, refuse_missing
@@ -281,10 +281,14 @@ def consume(learner: siri.Learner, folder: Path, lock: Lock | None, stop: Stop, 
         if lock:
             lock.check()
             record(folder, learner, event, watch, stopping)
-        whole = not isinstance(event, siri.Evaluation) or event.label == siri.CURVE
-        ended = isinstance(event, siri.Milestone) and event.reason or not whole
+        ended = isinstance(event, siri.Milestone) and event.reason or not is_whole(event)
         if stopping and not ended and not p.finished:
             raise Stopped(f"stopped before iteration {p.iteration}; {go_on(ranks, folder)}")
+
+
+def is_whole(event: Any) -> bool:
+    """Whether the learner can be saved at this event."""
+    return not isinstance(event, siri.Evaluation) or event.label == siri.CURVE
 
 
 def record(folder: Path, learner: siri.Learner, event: Any, watch: Watch, stopping: bool) -> None:
@@ -296,8 +300,7 @@ def record(folder: Path, learner: siri.Learner, event: Any, watch: Watch, stoppi
         record_iteration(folder, learner, event, watch)
     # At a milestone always: an evaluation follows or has just been played, which is dear to repeat.
     due = isinstance(event, siri.Iteration) and p.iteration % learner.cfg.save_every == 0
-    whole = not isinstance(event, siri.Evaluation) or event.label == siri.CURVE
-    if isinstance(event, siri.Milestone) or due or stopping and whole:
+    if isinstance(event, siri.Milestone) or due or stopping and is_whole(event):
         save_checkpoint(folder, learner)
     if isinstance(event, siri.Milestone) and event.reason:
         say(f"{PHASES[p.phase]} ends after {learner.age} iterations: {event.reason}")
@@ -323,7 +326,7 @@ def record_iteration(folder: Path, learner: siri.Learner, it: siri.Iteration, wa
     lines += [f"     warning: {text}" for text in metrics.warnings_of(row, learner.cfg)]
     for line in [*map(folded, lines), metrics.dense_line(row, watch.progress.eta())]:
         say(line)
-    if it.number % learner.cfg.sample_every == 0:
+    if shown:
         write_report(folder, alive=True)            # with the sample, and the row
     if siri.too_many_lost(p.failed_groups, p.groups):
         raise UserError(f"{p.failed_groups} of {p.groups} groups were lost (limit {siri.LOST_AT_MOST:.0%}); the last: "

@@ -23,9 +23,9 @@ import siri
 from conftest import HERE, SMALL, SMOKE, TIMES, config, metrics, slow, some_rows
 from decode import Answer
 from policy import Policy
-from ranks import Ranks, Torchrun, join
 from test_run import same_run
 from tools.files import checkpoints, damage
+from tools.ranks import Ranks, Torchrun, join
 from tools.settings import make_environment
 
 FAULTS = {      # what happens in the second step of a game on rank 1
@@ -115,7 +115,7 @@ def test_without_torchrun_there_is_one_rank_and_nothing_of_torch_distributed(mon
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     assert type(join()) is Ranks
-    tree = ast.parse((HERE / "ranks.py").read_text())
+    tree = ast.parse((HERE / "tools/ranks.py").read_text())
     torchrun_class = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Torchrun")
     tree.body.remove(torchrun_class)
     assert "distributed" not in ast.unparse([node for node in tree.body if not isinstance(node, ast.Expr)])

@@ -34,7 +34,6 @@ import torch
 import distill
 import envs
 import gigpo
-import ranks
 import siri
 import skills
 from conftest import CHATML, HERE, awake, config, learner_of, new_bank, offline, slow, some_rows, stranger_config, write_model
@@ -52,6 +51,7 @@ from tools import (
     metrics,
     probe,
     progress,
+    ranks,
     report,
     settings,
     track,
@@ -1116,7 +1116,7 @@ README = (HERE / "README.md").read_text()
 PAGES = [HERE / "README.md", *sorted(HERE.glob("docs/*.md"))]
 COMMANDS = [line.strip() for page in PAGES for block in re.findall(r"```bash\n(.*?)```", page.read_text().replace("\\\n", " "), re.S)
             for line in re.split(r"\n|&&", block) if line.strip() and not line.strip().startswith("#")]
-MODULES = ("gigpo", "skills", "distill", "envs", "decode", "ranks", "policy", "siri", "run")
+MODULES = ("gigpo", "skills", "distill", "envs", "decode", "policy", "siri", "run")
 
 
 @pytest.mark.parametrize("module", [gigpo, distill, skills, envs, ranks, siri, metrics, figures, compare, export, progress, lines], ids=lambda module: module.__name__)
@@ -1153,15 +1153,15 @@ def imports_of(path):
 
 def test_every_room_imports_only_what_is_below_it():
     """No circle: the method knows neither run nor tools, the policy no SIRI, the mathematics nothing of the house."""
-    floors = [{"gigpo", "skills", "distill", "envs", "decode", "ranks"}, {"policy"}, {"siri"}, {"tools.metrics", "tools.files", "tools.check", "tools.worlds", "tools.gym_text"},
+    floors = [{"gigpo", "skills", "distill", "envs", "decode"}, {"policy"}, {"siri"}, {"tools.metrics", "tools.files", "tools.check", "tools.worlds", "tools.gym_text"},
               {"tools.settings"}, {"tools.report", "tools.play", "tools.exercises", "tools.bench", "tools.probe", "tools.imitation", "tools.progress", "tools.track"}, {"tools.compare", "tools.export"}, {"run"}]
-    below = {"tools.figures", "tools.oracle", "tools.terminal", "tools.limits", "tools.lesson", "tools.class_copy"}                     # of which nothing of the house is used but envs
+    below = {"tools.figures", "tools.oracle", "tools.terminal", "tools.limits", "tools.ranks", "tools.lesson", "tools.class_copy"}                     # of which nothing of the house is used but envs
     for floor in floors:
         for name in floor:
             assert imports_of(HERE / f"{name.replace('.', '/')}.py") <= below, name
         below |= floor
-    assert imports_of(HERE / "policy.py") == {"gigpo", "decode", "ranks", "tools.limits", "tools.terminal"}
-    assert imports_of(HERE / "ranks.py") == {"tools.terminal"}
+    assert imports_of(HERE / "policy.py") == {"gigpo", "decode", "tools.limits", "tools.ranks", "tools.terminal"}
+    assert imports_of(HERE / "tools/ranks.py") == {"tools.terminal"}
     method = ast.parse((HERE / "siri.py").read_text())
     method.body = [node for node in method.body if not (isinstance(node, ast.If) and "__name__" in ast.dump(node.test))]
     names = {node.id for node in ast.walk(method) if isinstance(node, ast.Name)}
@@ -1169,7 +1169,7 @@ def test_every_room_imports_only_what_is_below_it():
     assert not names & {"open", "print", "Path", "pathlib", "os", "json", "tqdm", "shutil"}
 
 
-@pytest.mark.parametrize("name", ["siri", "policy", "ranks", "run"])
+@pytest.mark.parametrize("name", ["siri", "policy", "tools/ranks", "run"])
 def test_no_function_is_longer_than_a_screen(name):
     functions = [n for n in ast.walk(ast.parse((HERE / f"{name}.py").read_text())) if isinstance(n, ast.FunctionDef)]
     assert [f.name for f in functions if f.end_lineno - f.lineno >= 60] == []
