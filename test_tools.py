@@ -1425,6 +1425,7 @@ def test_a_world_of_ones_own_goes_through_all_phases(abroad, capsys, env, name, 
     results = read_json(run / "results.json")
     assert results[-1]["label"] == "eval" and results[-1]["panel"] == f"{panel}, 3 games"
     assert {r["settings"]["env_hash"] for r in results} == {saved["env_hash"]}
+    assert main(["--export", str(run), "--to", "home"]) == 0 and "{goal}" in Path("home/README.md").read_text()
 
 
 def looked_at(text, env="room.py:Room", **given):
