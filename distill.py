@@ -83,6 +83,18 @@ def advantage_weights(advantage: Tensor, a_max: float, *, uniform: bool = False)
     return torch.ones_like(advantage) if uniform else advantage.clamp(0, a_max) / a_max
 
 
+def with_mean_one(weight: Tensor, gate: Tensor) -> Tensor:
+    """Weights (B,) over their mean over the gated tokens (B, T) bool: which steps count is kept, how large a step is becomes that
+    of weights of 1 [O]. As they are where that mean is 0.
+
+    >>> with_mean_one(torch.tensor([0.5, 0.0]), torch.tensor([[True, False], [True, True]]))
+    tensor([3., 0.])
+    """
+    tokens = gate.sum(dim=1)  # (B,)
+    mean = (weight * tokens).sum() / tokens.sum().clamp(min=1)
+    return weight / mean if mean > 0 else weight
+
+
 def lambda_schedule(k: int, lambda_max: float, k_warm: int) -> float:
     """S10: `lambda(k) = lambda_max min(1, k / K_warm)`, the coefficient of S9 in the phase's k-th iteration.
 

@@ -1681,6 +1681,12 @@ SHADES = "black blue green grey pink red white yellow".split()
 SIZES = "small medium large huge".split()
 
 
+def shop_habits(rng: random.Random) -> dict[str, str]:
+    """The brand that usually makes a thing waterproof, foldable and so on: the first that is drawn for a shop, by
+    `random.Random("shop/0")`."""
+    return dict(zip(rng.sample(QUALITIES, 12), rng.sample(BRANDS, 4) * 3))
+
+
 def generate_catalogue(seed: int = 0, products: int = 1000, *, loyalty: float = 0.95) -> tuple[list[dict], dict]:
     """A catalogue in the format of `items_shuffle` and `items_ins_v2`, both returned, drawn from `seed`.
 
@@ -1692,7 +1698,7 @@ def generate_catalogue(seed: int = 0, products: int = 1000, *, loyalty: float = 
     brands are worth a look at all, and then which one for what.
     """
     rng = random.Random(f"shop/{seed}")
-    habit = dict(zip(rng.sample(QUALITIES, 12), rng.sample(BRANDS, 4) * 3))
+    habit = shop_habits(rng)
     articles = [(category, crumbs, name) for category, (crumbs, names) in DEPARTMENTS.items() for name in names]
     families = -(-products // 10)
     items: list[dict[str, Any]] = []

@@ -58,7 +58,9 @@ try:
         latest_checkpoint,
         load_bank,
         load_results,
+        phase_ends,
         read_json,
+        read_skills,
         refuse_links,
         sync,
         write_json,
@@ -152,8 +154,10 @@ def save_checkpoint(folder: Path, learner: siri.Learner) -> None:
     os.replace(aside, root / name)
     sync(root)
     write_json(folder / "skills.json", bank)
+    kept = phase_ends(folder).values() if learner.cfg.keep_phases else ()
     for old in checkpoints(folder)[2:]:
-        shutil.rmtree(old)
+        if all(old not in ends for ends in kept):
+            shutil.rmtree(old)
     size, free = sum(path.stat().st_size for path in (root / name).iterdir()), shutil.disk_usage(root).free
     if free < 3 * size:
         say(f"     warning: {free / 2**20:.0f} MiB free for {root}, and a checkpoint takes {size / 2**20:.0f}; make room")
@@ -190,7 +194,7 @@ def load_progress(path: Path, vocab: int, n_skills: int) -> siri.Progress:
         isinstance(pair, list) and len(pair) == 2 and all(map(TEXT.holds, pair)) for pair in x), "pairs of action and result")
     flags = Form(lambda x: isinstance(x, list) and all(type(flag) is bool for flag in x), "a list of true and false")
     step = dict(prompt=tokens, response=tokens, action=flags, advantage=NUMBER, effect=NUMBER,
-                skill=Form(lambda x: type(x) is int and 0 <= x < n_skills, f"a skill below {n_skills}"))
+                skill=Form(lambda x: type(x) is int and -1 <= x < n_skills, f"a skill below {n_skills}"))
     forms = {f.name: count() for f in dataclasses.fields(siri.Progress)} | dict(
         phase=Form(lambda x: type(x) is int and 0 <= x < len(PHASES), "a phase"), seconds=NUMBER, solved=[TEXT], recent=[NUMBER],
         lengths={...: NUMBER}, wins=[dict(task=TEXT, goal=TEXT, steps=told)], guided=[[step]], finished=FLAG)
@@ -314,7 +318,7 @@ def go_on(ranks: Ranks, folder: Path) -> str:
 
 def record_iteration(folder: Path, learner: siri.Learner, it: siri.Iteration, watch: Watch) -> None:
     """An iteration's row of metrics, its lines, and now and then a sample. UserError when too many groups have been lost."""
-    p, kappa, row = learner.progress, learner.cfg.kappa, metrics.metrics_row(learner, it)
+    p, row = learner.progress, metrics.metrics_row(learner, it)
     shown = it.number % learner.cfg.sample_every == 0
     sample = save_sample(folder, learner, it) if shown else ""
     # The row goes to the disk before the checkpoint that counts it; on resuming, rows that no checkpoint counts are cut off.
@@ -322,7 +326,7 @@ def record_iteration(folder: Path, learner: siri.Learner, it: siri.Iteration, wa
     watch.progress.iterated(row)
     watch.tracker.log(it.number, row, learner.bank if shown else None, sample)
     lines = [f"     mined: {skill.text}" for skill in it.mined] + [f"a group is lost: {cause}" for cause in it.failures]
-    lines += [f"     {skill.state}: {skill.text}  ({metrics.utility(skill, kappa)})" for skill in it.judged]
+    lines += [f"     {skill.state}: {skill.text}  ({metrics.utility(skill, learner.bank)})" for skill in it.judged]
     lines += [f"     warning: {text}" for text in metrics.warnings_of(row, learner.cfg)]
     for line in [*map(folded, lines), metrics.dense_line(row, watch.progress.eta())]:
         say(line)
@@ -555,6 +559,8 @@ def train_run(run: Run, lock: Lock | None, ranks: Ranks) -> None:
     """Train, from the beginning or from a checkpoint; rank 0, with the lock, keeps the folder. Raises Stopped and UserError, and
     KeyboardInterrupt for a second signal."""
     cfg, folder = run.cfg, run.folder
+    begun = run.checkpoint is not None and bool(load_bank(run.checkpoint).skills)
+    own = read_skills(Path(cfg.bank), cfg.bank_size) if cfg.bank and not begun else []
     env, policy = load(run, ranks)
     # What was found out at the start is kept: a run is resumed with the same batches, and on no other model.
     cfg.gen_tokens, cfg.update_tokens, cfg.base = policy.gen_tokens, policy.update_tokens, policy.base
@@ -565,6 +571,8 @@ def train_run(run: Run, lock: Lock | None, ranks: Ranks) -> None:
     learner = siri.Learner.begin(cfg, env, policy)
     if run.checkpoint:
         load_checkpoint(learner, run.checkpoint)
+    for condition, strategy in own:
+        learner.bank.add(condition, strategy, learner.progress.iteration, cfg.bank)
     ranks.after = "; " + go_on(ranks, folder)
     try:
         if lock and run.checkpoint:

@@ -85,12 +85,16 @@ class Variant:
     """The method with a part left out (an ablation), or whole."""
     phases: tuple[int, ...] = (0, 1, 2)
     matched: bool = True        # S3: a group gets the skill that fits its task; else any
+    validated: bool = True      # S4-S6: a skill is used by what its pairs measured; else all are, the oldest that fits first
     gated: bool = True          # S7: only helpful skills are distilled; else all
     weighted: bool = True       # S8: in proportion to the advantage; else all alike
+    guided: bool = True         # S9: what a skill led to is distilled; else plain wins, and no skill is there at all
 
 
 VARIANTS = {"siri": Variant(), "gigpo": Variant(phases=(0,)), "no_warmup": Variant(phases=(1, 2)),
-            "random_skill": Variant(matched=False), "no_gate": Variant(gated=False), "no_advantage": Variant(weighted=False)}
+            "random_skill": Variant(matched=False), "no_validation": Variant(validated=False, gated=False),
+            "no_gate": Variant(gated=False), "no_advantage": Variant(weighted=False),
+            "distill_plain": Variant(phases=(0, 2), gated=False, guided=False)}
 
 
 @dataclass
@@ -155,11 +159,14 @@ class Config:
     n_req: int = setting(100, "N_succ, distinct tasks solved before phase 1 [P: rule, O: number]", count(0))
     floor: float = setting(0.3, "plain success (mean of the last 3 iterations) before phase 1; above 1: never [O]", number(0))
     mining_max: int = setting(60, "iterations at most [O]", count(0), section="phase 1: mining and validation")
-    mine_every: int = setting(2, "I_mine, iterations between minings, S1 [O]")
+    bank: str = setting("", "text file of skills to begin with, one a line: when CONDITION -> STRATEGY; default none")
+    mine_every: int = setting(2, "I_mine, iterations between minings, S1; 0: nothing is mined [O]", count(0))
     mine_wins: int = setting(16, "successful plain trajectories summarised per mining [O]")
     skill_words: int = setting(40, "longest skill accepted, words [O]")
     bank_size: int = setting(200, "skills that are not retired, at most [O]")
     kappa: float = setting(2.0, "kappa, prior weight of the utility in pairings, S5 [O]", number(0))
+    ema: float = setting(0.0, "b of a utility that is a moving average of effects (D2Skill: .1); 0: their mean, S5 [O]",
+                         number(0, most=1))
     n_eval: int = setting(4, "N_eval, pairings before a verdict, S6 [O]")
     tau_up: float = setting(0.05, "promoted above this utility, S6; above 1: never [O]", number())
     tau_down: float = setting(0.0, "retired below this utility, S6; below -1: never [O]", number())
@@ -172,6 +179,8 @@ class Config:
     distill_tokens: str = setting("action", "action (paper) or response, S7", choices=("action", "response"))
     pair_gain: bool = setting(True, "gate also on the pair's own effect, S7 [O]")
     a_max: float = setting(2.0, "A_max, advantage that gets weight 1, S8, in standard deviations [O]")
+    weight_mean: str = setting("as is", "mean weight over gated tokens: as is (paper), or one, which keeps their proportions and "
+                               "takes away that weights make steps smaller, S8 [O]", choices=("as is", "one"))
     lambda_max: float = setting(1.0, "lambda, coefficient of the internalization loss, S10 [O]", number(0))
     lambda_warm: int = setting(3, "K_warm, iterations, S10 [O]", count(0))
     distill_rows: int = setting(64, "gated steps per optimizer step [O]")
@@ -179,8 +188,10 @@ class Config:
     distill_window: int = setting(12, "iterations whose guided steps are kept [O]")
     distill_min: int = setting(64, "gated steps before any internalization [O]")
     distill_lr: float = setting(1e-5, "learning rate of phase 2 [O]")
+    distill_decay: bool = setting(False, "it falls over the iterations of phase 2, linearly to 0, so that the last ones settle [O]")
     variant: str = setting("siri", "the method, or an ablation", choices=tuple(VARIANTS), section="run")
     env_steps: int = setting(0, "stop after this many training environment steps, 0: no limit", count(0))
+    train_tokens: int = setting(0, "stop after this many tokens of rows went through an update, 0: no limit", count(0))
     panel: int = setting(0, "games of the evaluation panel, 0: the whole split", count(0))
     split: str = setting("valid_seen", "split of the panel; WebShop test, an own class the last of its `splits`")
     kl_warn: float = setting(1.0, "a mean KL above this (nats per token) gets a warning [O]")
@@ -191,6 +202,7 @@ class Config:
     eval_panel: int = setting(24, "games of that small panel, the first of the whole one")
     track: str = setting("none", "log to a tracker, too: a package to install by itself",
                          choices=("none", "tensorboard", "trackio", "wandb"))
+    keep_phases: bool = setting(False, "keep the checkpoints with which each phase began and ended, to branch ablations from")
     save_every: int = setting(1, "iterations between checkpoints: so many are repeated after a crash, at most")
     sample_every: int = setting(10, "iterations between sample episodes")
     seed: int = setting(0, "of all random draws, and the number of a generated world", count(0))
@@ -376,9 +388,9 @@ def assign_advantages(group: Group, cfg: Config, env: envs.Environment) -> None:
             s.advantage = float(value)
 
 
-def record_effects(bank: skills.SkillBank, groups: Sequence[Group], iteration: int) -> list[float | None]:
+def record_effects(bank: skills.SkillBank | None, groups: Sequence[Group], iteration: int) -> list[float | None]:
     """S4-S6: each group's paired effect (success scale), entered in the account of its skill, which may be promoted or
-    retired by it. None for a group without a skill."""
+    retired by it. None for a group without a skill. Without a bank, effects are entered nowhere (`no_validation`)."""
     effects: list[float | None] = []
     for group in groups:
         skill = next((e.skill for e in group if e.skill), None)         # of the whole guided half: S3 gives a group one
@@ -389,7 +401,8 @@ def record_effects(bank: skills.SkillBank, groups: Sequence[Group], iteration: i
         # says little (its deviation is near .3); the bank shrinks a skill's mean until it has been tried often.
         effect = skills.paired_effect([float(e.success) for e in group if e.skill],
                                       [float(e.success) for e in group if not e.skill])
-        bank.record(skill, effect, iteration)
+        if bank is not None:
+            bank.record(skill, effect, iteration)
         effects.append(effect)
     return effects
 
@@ -433,13 +446,14 @@ class Row:
 
 @dataclass
 class GuidedStep:
-    """A step taken with a skill in its prompt, kept as it was until phase 2 decides whether to distil it."""
+    """A step taken with a skill in its prompt, kept as it was until phase 2 decides whether to distil it. (In `distill_plain` a
+    step of a plain win.)"""
     prompt: list[int]           # the plain one of the same step, S9
     response: list[int]
     action: list[bool]          # of each response token: does it belong to the action?
     advantage: float            # G6, in standard deviations
-    skill: int                  # its place in the bank
-    effect: float               # of its pair, S4
+    skill: int                  # its place in the bank; -1 without one
+    effect: float               # of its pair, S4; 0 without one
 
 
 def rl_rows(groups: Iterable[Group]) -> list[Row]:
@@ -451,10 +465,14 @@ def rl_rows(groups: Iterable[Group]) -> list[Row]:
 def guided_steps(group: Group, effect: float, policy: Policy, unit: float) -> list[GuidedStep]:
     """The steps of a group that had a skill in their prompt, with their action tokens (S7) and the pair's effect (S4).
     `unit` is `advantage_unit`."""
+    return [guided_step(s, s.plain or [], policy, unit, e.skill.id, effect) for e in group if e.skill for s in e.steps]
+
+
+def guided_step(s: Step, prompt: list[int], policy: Policy, unit: float, skill: int = -1, effect: float = 0.0) -> GuidedStep:
+    """One step, as it may be distilled into this prompt."""
     # Token by token: a tag may be one token or several, so where the action is must be found in the text.
-    return [GuidedStep(s.plain or [], s.response, distill.action_mask([policy.decode([t]) for t in s.response]),
-                       s.advantage / unit, e.skill.id, effect)
-            for e in group if e.skill for s in e.steps]
+    action = distill.action_mask([policy.decode([t]) for t in s.response])
+    return GuidedStep(prompt, s.response, action, s.advantage / unit, skill, effect)
 
 
 def internalization_rows(steps: Sequence[GuidedStep], bank: skills.SkillBank, cfg: Config) -> list[Row]:
@@ -470,13 +488,14 @@ def internalization_rows(steps: Sequence[GuidedStep], bank: skills.SkillBank, cf
 
     gate = distill.action_gate(                                                                # (B, T)
         pad(s.action for s in steps), torch.tensor([True] * len(steps)),
-        torch.tensor([bank.skills[s.skill].utility(cfg.kappa) for s in steps]),
+        torch.tensor([bank.utility(bank.skills[s.skill]) if s.skill >= 0 else 0.0 for s in steps]),
         torch.tensor([s.effect for s in steps]), response_mask=pad([True] * n for n in lengths),
         tokens=cfg.distill_tokens, require_pair_gain=cfg.pair_gain, gated=variant.gated)
-    weight = distill.advantage_weights(torch.tensor([s.advantage for s in steps]), cfg.a_max,
-                                       uniform=not variant.weighted).tolist()                  # (B,)
+    weight = distill.advantage_weights(torch.tensor([s.advantage for s in steps]), cfg.a_max, uniform=not variant.weighted)   # (B,)
+    if cfg.weight_mean == "one":
+        weight = distill.with_mean_one(weight, gate)
     return [Row(s.prompt, s.response, gate=is_open[:n].tolist(), weight=w)
-            for s, is_open, w, n in zip(steps, gate, weight, lengths)]
+            for s, is_open, w, n in zip(steps, gate, weight.tolist(), lengths)]
 
 
 # ---- 5. Loss and update (S10) ----------------------------------------------------------------------------------------
@@ -588,6 +607,7 @@ class Progress:
     milestones: int = 0                                     # passed so far: the base's evaluation, and ends of phases
     cursor: int = 0                                         # training tasks drawn so far
     env_steps: int = 0
+    train_tokens: int = 0                                   # of rows that went through updates, prompts included
     groups: int = 0
     failed_groups: int = 0
     bad_steps: int = 0                                      # optimizer steps skipped in a row, up to now
@@ -693,10 +713,12 @@ def paired_plan(learner: Learner, explore: bool) -> Plan:
     their turn by the confidence bound; without it only active skills are used.
     """
     cfg, half = learner.cfg, learner.cfg.group_size // 2
-    anyhow = None if VARIANTS[cfg.variant].matched else np.random.default_rng([cfg.seed, 3, learner.progress.iteration])
+    variant = VARIANTS[cfg.variant]
+    anyhow = None if variant.matched else np.random.default_rng([cfg.seed, 3, learner.progress.iteration])
     plan = []
     for task in next_tasks(learner):
-        skill = learner.bank.retrieve(task.goal, explore=explore, shuffle=anyhow)
+        # Unvalidated skills have no utility, and stay candidates: the first that fits best is taken, to the end.
+        skill = learner.bank.retrieve(task.goal, explore=explore or not variant.validated, shuffle=anyhow)
         plan.append((task, [skill] * half + [None] * (cfg.group_size - half)))
     return plan
 
@@ -722,7 +744,7 @@ def mine(learner: Learner) -> list[skills.Skill]:
 
 def play(learner: Learner, it: Iteration, plan: Plan) -> None:
     """Roll the plan out, and find what each rollout was worth: advantages, effects, and what to keep for phase 2."""
-    cfg, p, bank = learner.cfg, learner.progress, learner.bank
+    cfg, p, bank, variant = learner.cfg, learner.progress, learner.bank, VARIANTS[learner.cfg.variant]
     dice = stable_seed(cfg.seed, "train", p.iteration)
     for group in rollout(learner.policy, learner.env, plan, cfg.temperature, it.failures, dice, p.lengths):
         # A lost group teaches nothing: its failure was the environment's or max_prompt's, not the policy's.
@@ -734,11 +756,14 @@ def play(learner: Learner, it: Iteration, plan: Plan) -> None:
     for group in it.groups:
         assign_advantages(group, cfg, learner.env)
     before = [skill.state for skill in bank.skills]
-    it.effects = record_effects(bank, it.groups, p.iteration)
+    it.effects = record_effects(bank if variant.validated else None, it.groups, p.iteration)
     it.judged = [skill for skill, state in zip(bank.skills, before) if skill.state != state]
     # Guided steps are kept from phase 1 on: by phase 2 it is known which of their skills were worth it.
+    unit = advantage_unit(cfg, learner.env)
     fresh = [step for group, effect in zip(it.groups, it.effects) if effect is not None
-             for step in guided_steps(group, effect, learner.policy, advantage_unit(cfg, learner.env))]
+             for step in guided_steps(group, effect, learner.policy, unit)]
+    if not variant.guided:
+        fresh = [guided_step(s, s.prompt, learner.policy, unit) for group in it.groups for e in group if e.success for s in e.steps]
     p.guided = (p.guided + [fresh])[-cfg.distill_window:]
 
 
@@ -759,6 +784,8 @@ def learn(learner: Learner, it: Iteration, internal: Sequence[Row] = (), lam: fl
     as `update`."""
     cfg, p, started = learner.cfg, learner.progress, time.perf_counter()
     rl, lr = rl_rows(it.groups), cfg.distill_lr if internal else cfg.lr
+    if internal and cfg.distill_decay:
+        lr *= 1 - learner.age / phase_limit(cfg, p.phase)
     # One optimizer for all phases, its moments kept; only its rate changes where rows are distilled [O].
     for g in learner.optimizer.param_groups:
         g["lr"] = lr
@@ -768,6 +795,7 @@ def learn(learner: Learner, it: Iteration, internal: Sequence[Row] = (), lam: fl
     it.update_s = time.perf_counter() - started
     p.seconds += it.rollout_s + it.update_s
     p.env_steps += len(rl)
+    p.train_tokens += int(it.stats["row_tokens"])
     p.groups += len(it.groups) + len(it.failures)
     p.failed_groups += len(it.failures)
     note_successes(learner, it.groups)
@@ -816,7 +844,7 @@ def mine_and_validate(learner: Learner) -> Events:
         yield from curve(learner)
         it = Iteration(learner.progress.iteration, learner.progress.phase)
         # Mined first, so that a skill can be tried in the iteration in which it was written.
-        if learner.age % learner.cfg.mine_every == 0:
+        if learner.cfg.mine_every and learner.age % learner.cfg.mine_every == 0:
             it.mined = mine(learner)
         play(learner, it, paired_plan(learner, explore=True))
         yield learn(learner, it)
@@ -829,7 +857,7 @@ def internalize(learner: Learner) -> Events:
     while not (reason := budget_spent(learner)):
         yield from curve(learner)
         it = Iteration(learner.progress.iteration, learner.progress.phase)
-        play(learner, it, paired_plan(learner, explore=False))
+        play(learner, it, paired_plan(learner, explore=False) if VARIANTS[learner.cfg.variant].guided else plain_plan(learner))
         rows, lam = gated_rows(learner)
         yield learn(learner, it, rows, lam)
     return reason
@@ -853,9 +881,16 @@ def phase_limit(cfg: Config, phase: int) -> int:
 def budget_spent(learner: Learner) -> str:
     """Why a phase has no iterations left; empty while it has."""
     cfg, p = learner.cfg, learner.progress
-    if 0 < cfg.env_steps <= p.env_steps:
-        return f"the budget of {cfg.env_steps} environment steps is spent"
+    for spent, budget, what in budgets(learner):
+        if 0 < budget <= spent:
+            return f"the budget of {budget} {what} is spent"
     return f"its budget of {learner.age} iterations is spent" if learner.age >= phase_limit(cfg, p.phase) else ""
+
+
+def budgets(learner: Learner) -> list[tuple[int, int, str]]:
+    """What a run has used, what it may use (0: as much as it takes), and of what."""
+    cfg, p = learner.cfg, learner.progress
+    return [(p.env_steps, cfg.env_steps, "environment steps"), (p.train_tokens, cfg.train_tokens, "trained tokens")]
 
 
 def enough_solved(learner: Learner) -> str:
@@ -875,7 +910,7 @@ def enough_active(learner: Learner) -> str:
 def last_phase(learner: Learner) -> bool:
     """Whether the run ends with the present phase."""
     cfg, p = learner.cfg, learner.progress
-    return p.phase >= VARIANTS[cfg.variant].phases[-1] or 0 < cfg.env_steps <= p.env_steps
+    return p.phase >= VARIANTS[cfg.variant].phases[-1] or any(0 < budget <= spent for spent, budget, _ in budgets(learner))
 
 
 def train(learner: Learner) -> Events:
@@ -901,7 +936,8 @@ def train(learner: Learner) -> Events:
             yield evaluation(("after warm-up", "phase 1 plain")[p.phase])
             if p.phase == 1:
                 yield evaluation("phase 1 with skills", learner.bank)
-            p.phase, p.phase_start = p.phase + 1, p.iteration
+            p.phase = next(phase for phase in VARIANTS[learner.cfg.variant].phases if phase > p.phase)
+            p.phase_start = p.iteration
         p.milestones += 1
         yield Milestone()
 
@@ -924,7 +960,8 @@ def evaluate(policy: Policy, env: envs.Environment, panel: Sequence[envs.Task], 
     """
     # One seed for all checkpoints and variants, so that they meet the same dice on the same games: comparisons are paired.
     failures, started, dice = list[str](), time.perf_counter(), stable_seed("evaluate")
-    plan = [(task, [bank.retrieve(task.goal, explore=False) if bank else None]) for task in panel]
+    candidates = not VARIANTS[cfg.variant].validated
+    plan = [(task, [bank.retrieve(task.goal, explore=candidates) if bank else None]) for task in panel]
     episodes = [e for group in rollout(policy, env, plan, cfg.eval_temperature, failures, dice, name=label) for e in group]
     if too_many_lost(len(failures), len(panel)) or not episodes:
         raise UserError(f"{len(failures)} of the panel's {len(panel)} games were lost (limit {LOST_AT_MOST:.0%}); the last: "

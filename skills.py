@@ -5,7 +5,7 @@ SIRI (arXiv 2606.02355), phase 1. Equations, by tag:
     S1  mining       response -> (condition, strategy), or a rejection that is counted
     S3  retrieval    argmax over the k best-matching skills of  U_s + c sqrt(log(1 + N) / (1 + n_s))
     S4  effect       Delta_g = mean R^skill - mean R^plain, within one group, on the success scale
-    S5  utility      U_s = n / (n + kappa) * mean_g Delta_g,  and its standard error
+    S5  utility      U_s = n / (n + kappa) * mean_g Delta_g,  and its standard error;  or  U_s <- (1 - b) U_s + b Delta_g
     S6  lifecycle    candidate -> active if U_s > tau_up;  -> retired if U_s < tau_down, m_retire times in a row
 
 The paper states the stages and both thresholds' rules. Ours, because it leaves them open: the constants; the reasons
@@ -99,22 +99,31 @@ class Skill:
         """Mean of Delta_g over the pairings; 0 before the first."""
         return float(np.mean([delta for _, delta in self.effects])) if self.n else 0.0
 
-    def utility(self, kappa: float) -> float:
-        """S5: U_s = n / (n + kappa) * mean_g Delta_g, as if kappa more pairings had shown no effect; 0 for n = 0."""
+    def utility(self, kappa: float, ema: float = 0.0) -> float:
+        """S5: U_s = n / (n + kappa) * mean_g Delta_g, as if kappa more pairings had shown no effect; 0 for n = 0.
+
+        With `ema` = b above 0, the moving average U_s <- (1 - b) U_s + b Delta_g from 0, which forgets early pairings; kappa
+        has no part in it.
+        """
+        if ema:
+            return float(sum(ema * (1 - ema) ** age * delta for age, (_, delta) in enumerate(reversed(self.effects))))
         return self.n / (self.n + kappa) * self.mean if self.n else 0.0
 
-    def stderr(self, kappa: float) -> float | None:
-        """S5: n / (n + kappa) * sd / sqrt(n), sd the unbiased standard deviation of Delta_g; None for n < 2."""
+    def stderr(self, kappa: float, ema: float = 0.0) -> float | None:
+        """S5: n / (n + kappa) * sd / sqrt(n), sd the unbiased standard deviation of Delta_g; None for n < 2. Of a moving average,
+        sd times the norm of its weights."""
         if self.n < 2:
             return None
         sd = np.std([delta for _, delta in self.effects], ddof=1)
+        if ema:
+            return float(sd * math.sqrt(sum((ema * (1 - ema) ** age) ** 2 for age in range(self.n))))
         return float(self.n / (self.n + kappa) * sd / math.sqrt(self.n))
 
-    def to_dict(self, kappa: float) -> dict:
+    def to_dict(self, kappa: float, ema: float = 0.0) -> dict:
         """A JSON object; `n`, `utility` and `stderr` are there for the reader and are recomputed, never read back."""
         return {"id": self.id, "condition": self.condition, "strategy": self.strategy, "state": self.state,
-                "born": self.born, "source": self.source, "n": self.n, "utility": self.utility(kappa),
-                "stderr": self.stderr(kappa), "effects": [list(e) for e in self.effects],
+                "born": self.born, "source": self.source, "n": self.n, "utility": self.utility(kappa, ema),
+                "stderr": self.stderr(kappa, ema), "effects": [list(e) for e in self.effects],
                 "low_streak": self.low_streak}
 
 
@@ -255,6 +264,7 @@ class SkillBank:
     ucb_c: float            # S3: weight of the exploration bonus, success scale
     min_similarity: float   # S3: a skill matches above this cosine
     max_size: int           # candidates and active skills together
+    ema: float = 0.0        # S5: b of a moving average of effects; 0: their mean, shrunk by kappa
     skills: list[Skill] = field(default_factory=list)
     rejected: Counter = field(default_factory=Counter)
 
@@ -267,6 +277,14 @@ class SkillBank:
     def constants(self) -> dict[str, float]:
         """All that was set, and never changes."""
         return {name: getattr(self, name) for name in CONSTANTS}
+
+    def utility(self, skill: Skill) -> float:
+        """S5, success scale."""
+        return skill.utility(self.kappa, self.ema)
+
+    def stderr(self, skill: Skill) -> float | None:
+        """S5: the standard error of the utility."""
+        return skill.stderr(self.kappa, self.ema)
 
     @property
     def live(self) -> list[Skill]:
@@ -316,11 +334,11 @@ class SkillBank:
         similarity = tfidf_cosine(task_text, [skill.condition for skill in pool])
         matches = [(sim, skill) for sim, skill in zip(similarity, pool) if sim > self.min_similarity]
         if not explore:
-            rank = lambda m: (m[0], m[1].utility(self.kappa), -m[1].id)
+            rank = lambda m: (m[0], self.utility(m[1]), -m[1].id)
         else:
             matches = sorted(matches, key=lambda m: (-m[0], m[1].id))[:self.top_k]
             log_total = math.log(1 + sum(skill.n for _, skill in matches))
-            bound = lambda skill: skill.utility(self.kappa) + self.ucb_c * math.sqrt(log_total / (1 + skill.n))
+            bound = lambda skill: self.utility(skill) + self.ucb_c * math.sqrt(log_total / (1 + skill.n))
             rank = lambda m: (bound(m[1]), m[0], -m[1].id)
         return max(matches, key=rank)[1] if matches else None
 
@@ -337,7 +355,7 @@ class SkillBank:
             raise ValueError(problem)
         skill.effects.append([iteration, float(delta)])
         if skill.state != "retired" and skill.n >= self.n_eval:
-            utility = skill.utility(self.kappa)
+            utility = self.utility(skill)
             skill.low_streak = skill.low_streak + 1 if utility < self.tau_down else 0
             if utility > self.tau_up:
                 skill.state = "active"
@@ -347,7 +365,8 @@ class SkillBank:
 
     def to_json(self) -> dict:
         """The whole bank as a JSON object: the constants, the rejections, the skills."""
-        return {**self.constants(), "rejected": dict(self.rejected), "skills": [s.to_dict(self.kappa) for s in self.skills]}
+        return {**self.constants(), "rejected": dict(self.rejected),
+                "skills": [s.to_dict(self.kappa, self.ema) for s in self.skills]}
 
     @classmethod
     def from_json(cls, data: Any) -> SkillBank:
@@ -439,7 +458,7 @@ ANYTHING = Form(lambda x: True, "anything")
 EFFECT = Form(lambda x: isinstance(x, list) and len(x) == 2 and COUNT.holds(x[0]) and NUMBER.holds(x[1]) and abs(x[1]) <= 1,
               "a pair [iteration >= 0, effect in -1..1]")
 CONSTANTS = dict(kappa=number(0), tau_up=NUMBER, tau_down=NUMBER, n_eval=count(1), m_retire=count(1), top_k=count(1),
-                 ucb_c=number(0), min_similarity=number(0), max_size=count(1))
+                 ucb_c=number(0), min_similarity=number(0), max_size=count(1), ema=Optional(number(0, most=1)))
 SKILL = {"id": COUNT, "condition": PHRASE, "strategy": PHRASE, "born": COUNT, "source": TEXT,
          "state": choice(STATES), "effects": [EFFECT], "low_streak": COUNT,
          ...: ANYTHING}

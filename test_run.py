@@ -711,6 +711,12 @@ def test_a_sound_checkpoint_is_not_taken_away_before_another_is_there(copied_run
     save_checkpoint(copied_run, learner)
     assert damage(newest) == "" and len(checkpoints(copied_run)) == 2
     learner.progress.iteration += 1
+    shutil.copytree(copied_run, whole := Path("runs/y"))
+    learner.cfg = dataclasses.replace(cfg, keep_phases=True)
+    for learner.progress.iteration in (7, 8, 9):                # the ends of every phase stay, and the last two
+        save_checkpoint(whole, learner)
+    assert [path.name for path in checkpoints(whole)] == ["00009-3", "00008-3", "00006-3", "00006-2"]
+    learner.cfg, learner.progress.iteration = cfg, 7
     moment = next(iter(learner.optimizer.state.values()))["exp_avg_sq"]
     for tensor, value in ((moment, math.inf), (learner.policy.trainable[0], math.nan), (learner.policy.trainable[0], math.inf)):
         before = tensor.detach().clone()

@@ -419,6 +419,54 @@ def test_a_won_pair_is_measured_and_gated_on_its_action_tokens(policy, monkeypat
     assert {r.weight for r in gate(1.0, variant="no_advantage")} == {1.0}
 
 
+def test_without_validation_no_effect_is_recorded_and_the_first_skill_that_fits_is_used_to_the_end(policy, monkeypatch, small):
+    """Skills stay candidates of no utility: whatever pairs showed, phases 1 and 2 and the evaluation use them, and all is distilled."""
+    task = small.tasks("train")[0]
+    thing = re.findall(r"[a-z]+", task.goal)[2 if "put" in task.goal else 3]
+    cfg = dataclasses.replace(policy.cfg, variant="no_validation", groups=1, group_size=2)
+    bank = bank_with(f"the task needs {thing}", f"the task needs {thing}", n_eval=1)
+    group, _ = winner_and_mumbler(policy, monkeypatch, small, task, bank.skills[0])
+    learner = learner_of(policy, cfg=cfg, bank=bank, env=SimpleNamespace(tasks=lambda split: [task], success_reward=10))
+    monkeypatch.setattr(siri, "rollout", lambda *_: [group])
+    it = siri.Iteration(0, 1)
+    siri.play(learner, it, [])
+    assert it.effects == [1.0] and [s.n for s in bank.skills] == [0, 0] and it.judged == []
+    steps = learner.progress.guided[-1]
+    assert len(steps) == len(group[0].steps) and any(any(r.gate) for r in siri.internalization_rows(steps, bank, cfg))
+    for explore in (True, False):
+        (_, dealt), = siri.paired_plan(learner, explore=explore)
+        assert dealt == [bank.skills[0], None]
+    learner.cfg = dataclasses.replace(cfg, variant="siri")
+    siri.play(learner, siri.Iteration(0, 1), [])
+    assert bank.skills[0].n == 1
+
+
+def test_distill_plain_distils_own_plain_wins_and_has_no_skill(policy, monkeypatch, small):
+    cfg = dataclasses.replace(policy.cfg, variant="distill_plain", warmup_max=3, mining_max=4, distill_max=2, groups=1, group_size=2)
+    group, commands = winner_and_mumbler(policy, monkeypatch, small, small.tasks("train")[0])
+    learner = learner_of(policy, cfg=cfg, env=small)
+    monkeypatch.setattr(siri, "rollout", lambda *_: [group])
+    siri.play(learner, siri.Iteration(0, 0), [])
+    steps, = learner.progress.guided
+    assert [s.prompt for s in steps] == [s.prompt for s in group[0].steps] and {s.skill for s in steps} == {-1}
+    rows = siri.internalization_rows(steps, learner.bank, cfg)
+    assert [policy.decode([t for t, g in zip(r.response, r.gate) if g]) for r in rows] == commands
+    assert [r.weight for r in rows] == pytest.approx([min(max(s.advantage, 0) / cfg.a_max, 1) for s in group[0].steps])
+    assert [siri.phase_limit(cfg, phase) for phase in range(3)] == [7, 0, 2]            # those of mining are warm-up's
+    assert all(dealt == [None, None] for _, dealt in siri.plain_plan(learner))
+
+
+def test_weights_of_mean_one_keep_their_proportions(policy):
+    bank, cfg = bank_with("apple", n_eval=1), dataclasses.replace(policy.cfg, a_max=2.0)
+    bank.record(bank.skills[0], 1.0, 0)
+    steps = [siri.GuidedStep([1], [5] * n, [True] * n, advantage, 0, 1.0) for n, advantage in ((1, 2.0), (3, 0.5), (2, -1.0))]
+    weights = lambda **changes: [r.weight for r in siri.internalization_rows(steps, bank, dataclasses.replace(cfg, **changes))]
+    assert weights() == [1.0, 0.25, 0.0]
+    mean = (1 * 1.0 + 3 * 0.25) / 6                                         # over tokens, those of weight 0 included
+    assert weights(weight_mean="one") == pytest.approx([1 / mean, 0.25 / mean, 0.0])
+    assert weights(weight_mean="one", variant="no_advantage") == [1.0, 1.0, 1.0]
+
+
 class Paying:
     """A world that pays another reward for success."""
 
@@ -505,6 +553,10 @@ def test_phases_end_by_success_by_active_skills_or_by_budget(policy, monkeypatch
     with pytest.raises(StopIteration) as ended:
         next(begin())
     assert "1000 environment steps" in ended.value.value and siri.last_phase(learner)
+    learner.cfg, progress.train_tokens = dataclasses.replace(cfg, train_tokens=500), 501
+    with pytest.raises(StopIteration) as ended:
+        next(begin())
+    assert "500 trained tokens" in ended.value.value and siri.last_phase(learner)
 
 
 def test_every_pass_over_the_training_tasks_is_a_new_permutation(policy):

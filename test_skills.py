@@ -222,6 +222,21 @@ def test_promotion_waits_for_n_eval_and_the_threshold():
     assert record_all(bank, bank.skills[0], [0.25, 0.25, 0.25, 0.5]) == ["candidate"] * 3 + ["active"]
 
 
+def test_a_moving_average_forgets_by_hand():
+    """S5 with b = .2: 0 -> .2 -> .16 -> .328."""
+    skill = Skill(0, "a", "b", 0, "t", effects=[[0, 1.0], [1, 0.0], [2, 1.0]])
+    assert skill.utility(5.0, ema=0.2) == pytest.approx(0.328) and skill.utility(5.0) == pytest.approx(3 / 8 * 2 / 3)
+    weights = np.array([0.2 * 0.64, 0.2 * 0.8, 0.2])
+    assert skill.stderr(5.0, ema=0.2) == pytest.approx(np.std([1, 0, 1], ddof=1) * np.linalg.norm(weights))
+    bank = bank_with("apple", ema=0.2, n_eval=1, tau_up=0.17, m_retire=1)
+    bank.record(bank.skills[0], 1.0, 0)
+    assert bank.skills[0].state == "active" and bank.utility(bank.skills[0]) == pytest.approx(0.2)
+    assert SkillBank.from_json(bank.to_json()) == bank and bank.to_json()["skills"][0]["utility"] == pytest.approx(0.2)
+    older = bank.to_json()
+    del older["ema"]                                            # a bank of before: the mean
+    assert SkillBank.from_json(older).utility(bank.skills[0]) == pytest.approx(1 / 6)
+
+
 def test_low_streak_resets_and_only_m_retire_in_a_row_retire():
     bank = bank_with("apple", kappa=0.0, n_eval=2, m_retire=2, tau_up=0.9)
     skill = bank.skills[0]

@@ -198,7 +198,7 @@ def write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
 def skill_lines(bank: SkillBank) -> Iterable[dict[str, Any]]:
     """Every skill that was accepted, with its account."""
     for skill in bank.skills:
-        known = skill.to_dict(bank.kappa)
+        known = skill.to_dict(bank.kappa, bank.ema)
         yield {name: known[name] for name in ("id", "condition", "strategy", "state", "utility", "stderr")} | dict(
             pairings=skill.n, born=skill.born, source=skill.source, effects=known["effects"])
 

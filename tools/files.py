@@ -100,10 +100,40 @@ def load_bank(path: Path) -> skills.SkillBank:
         raise UserError(f"{path}/skills.json: {e}; use another checkpoint") from e
 
 
+def read_skills(path: Path, most: int) -> list[tuple[str, str]]:
+    """Skills to begin with: (condition, strategy) of each line that is not blank, by the rules for mined ones, equal ones once.
+    UserError naming a line that is none, and for none or over `most`."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as e:
+        raise UserError(f"--bank {path}: cannot be read as text ({e})") from e
+    found: dict[str, tuple[str, str]] = {}
+    for number, line in enumerate(lines, 1):
+        try:
+            if line.strip():
+                skill = skills.parse_skill(f"<skill>{line}</skill>")
+                found.setdefault(" -> ".join(skill).casefold(), skill)
+        except skills.SkillRejected as e:
+            raise UserError(f"--bank {path}: line {number} is not of the form when CONDITION -> STRATEGY "
+                            f"({e.reason.replace('_', ' ')}): {line.strip()[:60]}") from e
+    if not 0 < len(found) <= most:
+        raise UserError(f"--bank {path}: holds {len(found)} skills, expected 1 to --bank-size {most}; one a line, as: "
+                        "when CONDITION -> STRATEGY")
+    return [*found.values()]
+
+
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints of a run, newest first: by iterations, then by ended phases."""
     found = [path for path in folder.glob("checkpoints/*") if re.fullmatch(r"\d+(-\d+)?", path.name, re.ASCII)]
     return sorted(found, key=lambda path: [*map(int, path.name.split("-"))], reverse=True)
+
+
+def phase_ends(folder: Path) -> dict[int, tuple[Path, Path]]:
+    """The first and the last checkpoint that a run has between two milestones: 0 is up to the end of the first phase."""
+    found: dict[int, list[Path]] = {}
+    for path in reversed(checkpoints(folder)):
+        found.setdefault(int(path.name.partition("-")[2] or 0), []).append(path)
+    return {ended: (paths[0], paths[-1]) for ended, paths in found.items()}
 
 
 def damage(checkpoint: Path) -> str:

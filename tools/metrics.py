@@ -18,7 +18,7 @@ import envs
 import siri
 from policy import peak_gib
 from siri import PHASES, Config
-from skills import Skill
+from skills import Skill, SkillBank
 from tools.terminal import fitted
 
 
@@ -176,10 +176,10 @@ def result_line(r: dict[str, Any], width: int = 19, indent: int = 0) -> str:
         (4, "" if math.isnan(r["invalid_rate"]) else f"invalid {r['invalid_rate']:.2f}")], indent)
 
 
-def utility(skill: Skill, kappa: float) -> str:
+def utility(skill: Skill, bank: SkillBank) -> str:
     """What a skill is worth: S5 with its standard error, which one pairing does not have, and the number of pairings."""
-    error = skill.stderr(kappa)
-    return f"utility {skill.utility(kappa):.2f}{'' if error is None else f'±{error:.2f}'}, n {skill.n}"
+    error = bank.stderr(skill)
+    return f"utility {bank.utility(skill):.2f}{'' if error is None else f'±{error:.2f}'}, n {skill.n}"
 
 
 def lost_games(played: siri.Evaluation) -> list[str]:

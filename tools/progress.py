@@ -33,11 +33,12 @@ def clock(seconds: float) -> str:
 
 
 def iterations_left(learner: siri.Learner) -> int:
-    """At most so many until the run ends; with a budget of environment steps, as far as those of an iteration so far tell."""
+    """At most so many until the run ends; with a budget of steps or tokens, as far as those of an iteration so far tell."""
     cfg, p = learner.cfg, learner.progress
     left = sum(siri.phase_limit(cfg, phase) for phase in range(p.phase, 3)) - learner.age
-    if cfg.env_steps and p.env_steps:
-        left = min(left, math.ceil(max(cfg.env_steps - p.env_steps, 0) * p.iteration / p.env_steps))
+    for spent, budget, _ in siri.budgets(learner):
+        if budget and spent:
+            left = min(left, math.ceil(max(budget - spent, 0) * p.iteration / spent))
     return left
 
 

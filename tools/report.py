@@ -242,7 +242,7 @@ class History:
         for iteration, delta in skill.effects:
             if replay.record(twin, delta, iteration) != told.changes[-1][1]:
                 told.changes.append((iteration, twin.state))
-            value, error = twin.utility(bank.kappa), twin.stderr(bank.kappa)
+            value, error = bank.utility(twin), bank.stderr(twin)
             error = math.nan if error is None else error
             told.utility.append((iteration, value, value - error, value + error))
         return told
@@ -250,7 +250,7 @@ class History:
 
 def skill_card(bank: skills.SkillBank, skill: skills.Skill, history: History, x_range: tuple[float, float]) -> str:
     """One skill and its history."""
-    changes, error = history.changes, skill.stderr(bank.kappa)
+    changes, error = history.changes, bank.stderr(skill)
     spread = "no standard error before 2 pairs" if error is None else f"&plusmn; {error:.2f} s.e."
     effects = [(x, delta, math.nan, math.nan) for x, delta in skill.effects]
     drawn = chart(f"skill{skill.id}", f"Effect of skill {skill.id}", "Paired effects, and the utility with its standard error",
@@ -259,7 +259,7 @@ def skill_card(bank: skills.SkillBank, skill: skills.Skill, history: History, x_
     state = changes[-1][1]
     doubt = f"<p>The file says {skill.state}, but these effects lead to {state}.</p>" * (state != skill.state)
     return (f'<article><p class="skill">{esc(skill.text)}</p>\n<p><strong class="state">{skill.state}</strong> '
-            f"utility {skill.utility(bank.kappa):+.2f} {spread}, n {skill.n}<br>"
+            f"utility {bank.utility(skill):+.2f} {spread}, n {skill.n}<br>"
             f'{" &rarr; ".join(f"{state} ({x})" for x, state in changes)}<br>'
             f"<small>skill {skill.id}, mined from {esc(skill.source)}</small></p>{doubt}\n{drawn}</article>\n")
 
@@ -271,7 +271,7 @@ def lives_figure(bank: skills.SkillBank, histories: list[History], x_range: tupl
     for skill, history in sorted(zip(bank.skills, histories), key=lambda pair: (pair[0].born, pair[0].id)):
         changes = history.changes
         ends = [x for x, _ in changes[1:]] + [changes[-1][0] if changes[-1][1] == "retired" else x_range[1]]
-        lives.append(Life(f"{skill.id}", f"{skill.utility(bank.kappa):+.2f}" if skill.n else "&ndash;",
+        lives.append(Life(f"{skill.id}", f"{bank.utility(skill):+.2f}" if skill.n else "&ndash;",
                           f"{esc(skill.text)} ({', '.join(f'{state} {x}' for x, state in changes)})",
                           [(x, end, skills.STATES.index(state)) for (x, state), end in zip(changes, ends)]))
     return timeline("lives", "Lives of the skills", "Each row is a skill, by its number: a line begins at its birth, changes "
@@ -287,11 +287,13 @@ def skills_section(bank: skills.SkillBank | None, cfg: dict[str, Any], rows: lis
                "the run is in warm-up" if not rows or rows[-1]["phase"] == 0 else "nothing the policy wrote was accepted")
         parts.append(f"<p>There are no skills to show: {why}.</p>")
     if bank and (bank.skills or bank.rejected):
+        average = (f"their moving average, b = {bank.ema:g}" if bank.ema else
+                   f"their mean, shrunk by n / (n + {bank.kappa:g})")
         rejected = ", ".join(f"{reason.replace('_', ' ')} {n}" for reason, n in bank.rejected.items()) or "none"
         parts.append(f"<p>{len(bank.skills)} skills accepted: "
                      f"{', '.join(f'{n} {state}' for state, n in bank.counts().items())}. Rejected: {rejected}. A paired "
                      "effect is the success of a group's half with the skill minus that of its half without. The utility "
-                     f"is their mean, shrunk by n / (n + {bank.kappa:g}); its band is one standard error on either side. "
+                     f"is {average}; its band is one standard error on either side. "
                      "In brackets: the iteration of a change.</p>\n")
     if bank and bank.skills:
         known = [x for s in bank.skills for x in (s.born, *(x for x, _ in s.effects))]
@@ -300,7 +302,7 @@ def skills_section(bank: skills.SkillBank | None, cfg: dict[str, Any], rows: lis
         parts.append(lives_figure(bank, histories, x_range, phase_starts(rows)))
         for state in ("active", "candidate", "retired"):
             group = sorted(((s, h) for s, h in zip(bank.skills, histories) if s.state == state),
-                           key=lambda pair: -pair[0].utility(bank.kappa))
+                           key=lambda pair: -bank.utility(pair[0]))
             cards = f'<div class="grid3">{"".join(skill_card(bank, s, h, x_range) for s, h in group)}</div>'
             if group:
                 parts.append(folded(f"<h3>{len(group)} {state}, by utility</h3>", cards,

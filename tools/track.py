@@ -89,7 +89,7 @@ def refuse_missing(name: str) -> None:
 def skill_table(bank: SkillBank) -> Table:
     """Every skill of the bank, with what is known of it."""
     return ["skill", "state", "utility", "standard error", "pairings", "mined in iteration"], [
-        [s.text, s.state, s.utility(bank.kappa), s.stderr(bank.kappa), s.n, s.born] for s in bank.skills]
+        [s.text, s.state, bank.utility(s), bank.stderr(s), s.n, s.born] for s in bank.skills]
 
 
 class Tracker:
