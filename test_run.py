@@ -1227,7 +1227,7 @@ def test_the_help_fits_80_columns_and_shows_the_defaults_in_force(monkeypatch, c
             main(args)
         texts.append(capsys.readouterr().out)
         assert max(map(len, texts[-1].splitlines())) <= 80 and texts[-1].count("  python siri.py --") == 3
-    for text, default, lr in zip(texts, ("4096", "512"), ("3e-06", "0.002")):
+    for text, default, lr in zip(texts, ("4096", "512"), ("3e-06", "0.001")):
         said = " ".join(text.split())
         assert f"never the skill [R] (default {default})" in said and f"AdamW learning rate [R] (default {lr})" in said
     assert main(["--help", "--env", "webshp"]) == 2 and "--env webshp: must be one of alfworld, webshop" in capsys.readouterr().err

@@ -616,7 +616,7 @@ def test_the_samplers_log_probabilities_are_those_of_the_update_and_may_stand_fo
         row.advantage = (-1.0) ** k
     said, _ = policy.logprobs(rows)
     assert (said - torch.tensor([x for row in rows for x in row.sampled])).abs().max() < 1e-4
-    cfg, calls, frozen = dataclasses.replace(policy.cfg, minibatch=len(rows) // 3, kl_beta=0.0), [], policy.frozen_logprobs
+    cfg, calls, frozen = dataclasses.replace(policy.cfg, minibatch=len(rows) // 3, kl_beta=0.0, old="update"), [], policy.frozen_logprobs
 
     def moved(**changes):
         before = [p.detach().clone() for p in policy.trainable]

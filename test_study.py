@@ -97,7 +97,7 @@ class Scripted(study.Study):
 
 
 TOLD = dict(evaluations=[dict(label="final", iteration=2, panel="p", env_steps=9, won="0110", invalid_rate=0.1, mean_steps=4.5)],
-            rows=dict(phase=[0, 1], env_steps=[4, 9], train_tokens=[10, 20], seconds=[1.0, 2.5]), peak_gib=1.0, bank=[])
+            rows=dict(phase=[0, 1], env_steps=[4, 9], train_tokens=[10, 20], seconds=[1.0, 2.5]), evaluation_s=1.0, peak_gib=1.0, bank=[])
 
 
 def test_cells_are_run_once_and_a_failure_stops_only_what_needs_it(tmp_path, monkeypatch, capfd):
@@ -188,7 +188,7 @@ def made_up(worlds=("alfworld", "webshop")):
                             success_plain=[None, *column(0, 1)[1:]], **{f"skills_{s}": column(0, 9) for s in evidence.STATES})
                 bank = [dict(text="when a -> b", state="active", born=2, n=2, utility=0.2, effects=[[2, 0.5], [4, -0.5]])]
                 cells[f"{world}/{variant}/{seed}"] = dict(evaluations=evaluations, rows=rows, bank=bank, peak_gib=1.0, evaluation_s=9.0)
-    return dict(preset="tiny", code="c", commit="abc", begun="2026-01-31", device="a processor", versions=dict(torch="2"), cells=cells)
+    return dict(preset="tiny", settings={}, code="c", commit="abc", begun="2026-01-31", device="a processor", versions=dict(torch="2"), cells=cells)
 
 
 def test_a_study_is_read_back_as_it_was_written_and_another_file_is_refused(tmp_path):

@@ -457,7 +457,7 @@ def test_a_comparison_pairs_the_games_of_runs(reported, other, capsys):
     (d, low, high), (_, _, same) = compare.paired_difference(75, 30, 15, 0), compare.paired_difference(21, 0, 0, 99)
     assert f"final other 120 30 15 {d:+.3f} [{low:+.3f}, {high:+.3f}] 0.0357 " in text and d == -0.125
     assert f"base other 120 0 0 +0.000 [-{same:.3f}, +{same:.3f}] 1 " in text and "phase 1 with skills other" not in text
-    assert "lr 0.002 0.5 variant siri gigpo" in text and re.search(r"The other \d+ are the same", text)
+    assert "lr 0.001 0.5 variant siri gigpo" in text and re.search(r"The other \d+ are the same", text)
     assert "finished: 0 at environment step 500, 0.625 at 3,000" in text and "other: 0 at second 60, 0.625 at 360" in text
     assert "finished: 0.175 at environment step 0, 0.875 at 3,000" in text           # evaluations, at what they cost
 

@@ -64,7 +64,8 @@ EVALUATION = {"label": TEXT, "iteration": COUNT, "panel": TEXT, "env_steps": COU
               "mean_steps": NUMBER, "score": Optional(NUMBER)}
 SKILL = {"text": TEXT, "state": TEXT, "born": COUNT, "n": COUNT, "utility": NUMBER, "effects": [skills.EFFECT]}
 CELL = {"evaluations": [EVALUATION], "rows": {...: COLUMN}, "bank": [SKILL], "peak_gib": NUMBER, "evaluation_s": NUMBER}
-STUDY = {"preset": TEXT, "code": TEXT, "commit": TEXT, "begun": TEXT, "device": TEXT, "versions": {...: TEXT}, "cells": {...: CELL}}
+STUDY = {"preset": TEXT, "settings": {...: {...: skills.ANYTHING}}, "code": TEXT, "commit": TEXT,
+         "begun": TEXT, "device": TEXT, "versions": {...: TEXT}, "cells": {...: CELL}}
 
 
 def read(path: Path) -> dict[str, Any]:

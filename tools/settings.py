@@ -30,9 +30,10 @@ from tools.files import read_json
 
 TINY = dict(
     model="assets/tiny", four_bit=False, compact=True, prompt_style="compact", max_steps=10, lora_r=16, lora_alpha=32,
-    max_prompt=512, max_response=24, eval_temperature=1.0, gen_tokens=65536, update_tokens=4096, groups=8, lr=2e-3,
-    minibatch=4096, invalid_penalty=0.5, warmup_max=16, n_req=40, floor=0.4, mining_max=14, mine_every=1, mine_wins=32,
-    n_eval=3, kappa=1.0, active_req=14, distill_max=8, distill_lr=1e-3, panel=120, sample_every=5)
+    max_prompt=512, max_response=24, eval_temperature=1.0, gen_tokens=65536, update_tokens=4096, groups=8, lr=1e-3,
+    minibatch=160, old="sampler", invalid_penalty=0.5, warmup_max=16, n_req=40, floor=0.4, mining_max=14, mine_every=1,
+    mine_wins=32, n_eval=3, kappa=1.0, active_req=14, lambda_max=5.0, distill_max=8, distill_lr=5e-4, distill_decay=True,
+    panel=120, sample_every=5)
 SMOKE = TINY | dict(groups=2, group_size=4, warmup_max=2, n_req=1, floor=0.0, mining_max=2, n_eval=1, mine_wins=4,
                     distill_max=2, distill_min=1, active_req=1, panel=8, tau_up=-1.0, tau_down=-1.0)
 PAPER48 = dict(groups=8, four_bit=False)
@@ -44,9 +45,10 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "small": dict(alfworld=SMALL, webshop=SMALL | SHOP),                # one GPU of less than 20 GiB, bf16
     "paper": dict(alfworld={}, webshop=SHOP),                           # from 20 GiB: one 24 GB GPU
     "paper48": dict(alfworld=PAPER48, webshop=PAPER48 | SHOP),          # from 39 GiB: A100-40GB, 48 GB; bf16
-    "tiny": dict(alfworld=TINY, webshop=TINY | TINY_SHOP | dict(        # a laptop, 10 minutes. Of a response's tokens, one
-        minibatch=400, n_req=90, mining_max=10, tau_up=0.1, distill_max=6, distill_epochs=2,            # carries the choice,
-        lambda_max=10.0)),                                                                              # hence this lambda
+    # A laptop, 10 minutes. Of an action's tokens one or two carry the choice, of a whole response's one, hence these lambdas.
+    "tiny": dict(alfworld=TINY, webshop=TINY | TINY_SHOP | dict(
+        lr=2e-3, minibatch=400, n_req=90, mining_max=10, tau_up=0.1, lambda_max=10.0, distill_max=6, distill_epochs=2,
+        distill_lr=1e-3, distill_decay=False)),
     "smoke": dict(alfworld=SMOKE, webshop=SMOKE | TINY_SHOP)}           # the whole path in a minute, for tests
 
 

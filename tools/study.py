@@ -48,9 +48,9 @@ from tools.report import read_metrics
 from tools.settings import PRESETS
 from tools.terminal import say
 
-# What decides a result. Runs of other code are not of this study.
-CODE = ("siri.py", "gigpo.py", "skills.py", "distill.py", "envs.py", "policy.py", "decode.py", "run.py", "tools/settings.py",
-        "assets/tiny", "assets/tiny-webshop")
+# What decides a result, beside a world's settings. Runs of other code are not of this study.
+CODE = ("siri.py", "gigpo.py", "skills.py", "distill.py", "envs.py", "policy.py", "decode.py", "run.py", "assets/tiny",
+        "assets/tiny-webshop")
 EVERY = 120                 # seconds from one line of progress to the next
 
 
@@ -149,15 +149,19 @@ class Study:
         folder.mkdir(parents=True, exist_ok=True)
         on = machine()
         self.data: dict[str, Any] = dict(
-            preset=preset, code=fingerprint(), commit=(on["commit"] or "unknown")[:7], begun=on["date"][:10],
+            preset=preset, settings={world: PRESETS[preset][world] for world in WORLDS}, code=fingerprint(),
+            commit=(on["commit"] or "unknown")[:7], begun=on["date"][:10],
             device=f"{on['processor']}, {on['cores']} cores", versions=on["versions"], cells={})
         if self.file.exists():
             found = evidence.read(self.file)
+            there = {cell.partition("/")[0] for cell in found["cells"]}
             for name in ("preset", "code"):
                 if found[name] != self.data[name]:
                     raise UserError(f"{self.file}: is of another {name} ({found[name]}, and this is {self.data[name]}); a study "
                                     "is of one: give another --folder")
-            self.data = found
+            if changed := [w for w in WORLDS if w in there and found["settings"][w] != self.data["settings"][w]]:
+                raise UserError(f"{self.file}: preset {preset} had other settings for {changed[0]}; give another --folder")
+            self.data = found | dict(settings=self.data["settings"])
 
     def save(self) -> None:
         """Write the file, a line for each cell."""
