@@ -61,13 +61,24 @@ def group_stats(groups: Sequence[siri.Group], scored: bool) -> dict[str, Any]:
                 zero_signal_groups=sum(all(s.advantage == 0 for e in g for s in e.steps) for g in groups))
 
 
+def detour(groups: Iterable[siri.Group]) -> float:
+    """Of the steps of won guided rollouts, the share beyond the shortest win of their group: steps that nobody needed, and that
+    are distilled with the others. nan without such wins."""
+    own, needed = 0, 0
+    for group in groups:
+        wins = [len(e.steps) for e in group if e.success and e.skill]
+        own += sum(wins)
+        needed += len(wins) * min((len(e.steps) for e in group if e.success), default=0)
+    return 1 - needed / own if own else math.nan
+
+
 def metrics_row(learner: siri.Learner, it: siri.Iteration) -> dict[str, Any]:
     """An iteration as a row of metrics.csv; docs/glossary.md has the meaning of each column."""
     p, bank, stats = learner.progress, learner.bank, it.stats
     sampled = sum(len(s.response) for group in it.groups for e in group for s in e.steps)
     return dict(
         iteration=it.number, phase=it.phase, seconds=p.seconds, env_steps=p.env_steps, failed_groups=len(it.failures),
-        **group_stats(it.groups, learner.env.scored), solved_tasks=len(p.solved), mined=len(it.mined),
+        **group_stats(it.groups, learner.env.scored), detour=detour(it.groups), solved_tasks=len(p.solved), mined=len(it.mined),
         rejected=sum(bank.rejected.values()), **{f"skills_{state}": n for state, n in bank.counts().items()},
         **stats, rollout_s=it.rollout_s, update_s=it.update_s, rollout_tokens_per_s=sampled / it.rollout_s,
         update_tokens_per_s=stats["row_tokens"] / it.update_s, peak_gib=peak_gib())
