@@ -65,7 +65,7 @@ from policy import Policy, UserError
 from run import Lock, append_metrics, load_checkpoint, main, parse_arguments, save_checkpoint
 from skills import Skill, SkillBank, SkillRejected
 from tools import probe
-from tools.files import checkpoints, damage, file_hash, latest_checkpoint, write_json, write_text
+from tools.files import checkpoints, damage, file_hash, latest_checkpoint, load_bank, write_json, write_text
 from tools.metrics import wilson
 from tools.settings import flag, load_config, make_environment, resolve
 
@@ -263,6 +263,39 @@ def refusal(capsys, *args):
     err = capsys.readouterr().err
     assert err.startswith("siri: ") and err.endswith("\n") and err.count("\n") == 1, err
     return err
+
+
+SKILLS = "when the task needs apple -> look in fridge first"
+
+
+@pytest.mark.parametrize("content, args, says", [
+    (f"{SKILLS}\n\nlook in fridge\n", (), "line 3 is not of the form when CONDITION -> STRATEGY .unparsable.: look in fridge"),
+    ("when a <|im_end|> -> go\n", (), "line 1 is not .*control token"), ("\n \n", (), "holds 0 skills"),
+    (f"{SKILLS}\nwhen b -> c", ("--bank-size", "1"), "holds 2 skills, expected 1 to --bank-size 1"),
+    (b"\xff\xfe", (), "cannot be read as text"), (None, (), "No such file"),
+    (SKILLS, ("--variant", "gigpo"), "variant gigpo has no skills; leave it out"),
+    (SKILLS, ("--variant", "distill_plain"), "variant distill_plain has no skills")])
+def test_a_bank_that_cannot_be_used_is_refused_before_any_work(tmp_path, monkeypatch, capsys, content, args, says):
+    monkeypatch.chdir(tmp_path)
+    if content is not None:
+        Path("b.txt").write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert re.search(says, refusal(capsys, "--preset", "smoke", "--bank", "b.txt", *args))
+
+
+def test_skills_from_a_file_are_candidates_once_and_mining_can_be_left_out(tmp_path, monkeypatch, capsys):
+    """They begin in the bank of the first checkpoint; a resumed run has them from there, and does not need the file."""
+    monkeypatch.chdir(tmp_path)
+    assert "there would be no skills at all; add --bank FILE" in refusal(capsys, "--preset", "smoke", "--mine-every", "0")
+    Path("b.txt").write_text(f"{SKILLS}\n{SKILLS.upper().replace('WHEN', 'when')}\n\nwhen the task needs mug -> look in shelf 2 first\n")
+    small = ["--preset", "smoke", "--groups", "1", "--group-size", "2", "--panel", "1", "--warmup-max", "1", "--mining-max", "1",
+             "--distill-max", "0", "--max-steps", "2"]
+    assert main([*small, "--bank", "b.txt", "--mine-every", "0", "--name", "x"]) == 0
+    bank = load_bank(Path("runs/x"))
+    assert [(s.text, s.source, s.born) for s in bank.skills] == [
+        (SKILLS, "b.txt", 0), ("when the task needs mug -> look in shelf first", "b.txt", 0)]
+    assert bank.skills[0].state == "candidate" and not bank.rejected
+    Path("b.txt").unlink()
+    assert main(["--resume", "runs/x", "--distill-max", "1"]) == 0 and len(load_bank(Path("runs/x")).skills) == 2
 
 
 no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -34,16 +34,15 @@ def test_every_cell_comes_after_what_it_needs_and_once():
 def test_every_variant_of_the_method_is_in_the_grid_and_has_a_meaning():
     assert set(siri.VARIANTS) <= set(study.PLAN)
     assert set(study.PLAN) - set(evidence.MEANING) - set(study.PUZZLE) == {"untrained"}                 # a helper of no_mining
+    assert set(study.PUZZLE) | {"no_advantage"} == {"stray", *(name for forms in evidence.PUZZLE.values() for name in forms)}
     for name, part in study.PLAN.items():
         if name in siri.VARIANTS and name != "siri":
             assert f"--variant {name} " in part.flags + " "
-    assert all("{steps}" in part.flags for name, part in study.PLAN.items()
-               if name not in ("siri", "gigpo_compute", "untrained") and not name.startswith("stray"))
 
 
 @pytest.mark.parametrize("argv, says", [
     (["--seeds", "1-"], "--seeds 1-: give numbers"), (["--variants", "siri,best"], "--variants best: must be one of siri"),
-    (["--worlds", "moon"], "--worlds moon"), (["--repeat", "alfworld/siri"], "is no cell of the grid"),
+    (["--worlds", "moon"], "--worlds moon"), (["--jobs", "0"], "--jobs 0"), (["--seeds", "5-3"], "--seeds 5-3"), (["--repeat", "alfworld/siri"], "is no cell of the grid"),
     (["--trial", "siri=:--lr 1"], "with a new name"), (["--trial", "new=later:--lr 1"], "AT one of")])
 def test_bad_input_is_one_line(tmp_path, capfd, argv, says):
     assert study.main([*argv, "--folder", str(tmp_path)]) == 2
@@ -103,21 +102,60 @@ TOLD = dict(evaluations=[dict(label="final", iteration=2, panel="p", env_steps=9
 
 
 def test_cells_are_run_once_and_a_failure_stops_only_what_needs_it(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(study, "told", lambda folder: dict(TOLD))
+    monkeypatch.setattr(study, "told", lambda folder, plan: dict(TOLD, plan=plan))
     cells = study.grid(["alfworld"], ["gigpo_compute", "no_gate"], [0, 1])
     Scripted.script = "import sys; print('full disk'); sys.exit('CELL' == 'alfworld/gigpo/1')"
-    failed = study.work(Scripted(tmp_path, "smoke"), cells, 2)
+    failed = study.Work(Scripted(tmp_path, "smoke"), cells, 2).go()
     assert sorted(map(str, failed)) == ["alfworld/gigpo/1", "alfworld/gigpo_compute/1"]
-    assert "alfworld/gigpo/1 ended with 1: full disk" in (said := capfd.readouterr()).err and "left, eta" in said.out
+    assert "alfworld/gigpo/1: its run ended with 1: full disk" in (said := capfd.readouterr()).err and "left, eta" in said.out
     again = Scripted(tmp_path, "smoke")
     assert len(again.data["cells"]) == 6
     started = []
     monkeypatch.setattr(Scripted, "start", lambda self, cell, start=Scripted.start: started.append(str(cell)) or start(self, cell))
     Scripted.script = "pass"
-    assert study.work(again, cells, 2) == [] and started == ["alfworld/gigpo/1", "alfworld/gigpo_compute/1"]
-    monkeypatch.setattr(study, "fingerprint", lambda: "other code")
-    with pytest.raises(UserError, match="is of another code"):
-        Scripted(tmp_path, "smoke")
+    assert study.Work(again, cells, 2).go() == [] and started == ["alfworld/gigpo/1", "alfworld/gigpo_compute/1"]
+    for change, says in ((dict(PLAN=study.PLAN | dict(no_gate=study.Part("--lr 1", "internalize"))), "another plan of alfworld/no_gate"),
+                         (dict(fingerprint=lambda: "other code"), "another code")):
+        with monkeypatch.context() as patch:
+            for name, value in change.items():
+                patch.setattr(study, name, value)
+            with pytest.raises(UserError, match=f"is of {says}.*another --folder"):
+                Scripted(tmp_path, "smoke")
+
+
+def test_whatever_a_run_says_ends_no_study_and_a_lost_game_is_no_result(tmp_path, monkeypatch, capfd):
+    """A cell that can't be begun, or whose run says what is no result, fails; the others go on."""
+    says = iter([UserError("3 games of its evaluations were lost"), TOLD])
+
+    def told(folder, plan):
+        said = next(says)
+        if isinstance(said, UserError):
+            raise said
+        return dict(said, plan=plan)
+
+    monkeypatch.setattr(study, "told", told)
+    Scripted.script = "pass"
+    cells = study.grid(["alfworld"], ["siri"], [0, 1])
+    assert study.Work(Scripted(tmp_path, "smoke"), cells, 1).go() == cells[:1]
+    assert "alfworld/siri/0: 3 games" in capfd.readouterr().err and len(evidence.read(tmp_path / "study.json")["cells"]) == 1
+    monkeypatch.setattr(Scripted, "start", study.Study.start)
+    lost = study.Work(Scripted(tmp_path, "smoke"), study.grid(["alfworld"], ["no_gate"], [1]), 1).go()
+    assert [c.variant for c in lost] == ["no_gate"] and "siri-seed1: has no checkpoint of internalize" in capfd.readouterr().err
+
+
+def test_a_run_that_outlived_its_study_is_left_to_end_and_takes_a_place(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "told", lambda folder, plan: dict(TOLD, plan=plan))
+    Scripted.script = "pass"
+    first, second = study.grid(["alfworld"], ["siri"], [0, 1])
+    work = study.Work(Scripted(tmp_path, "smoke"), [first, second], 1)
+    (tmp_path / "runs").mkdir()
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", first.name]) as orphan:
+        (tmp_path / "runs" / f"{first.name}.pid").write_text(str(orphan.pid))
+        assert work.alive() == [first]
+        work.begin()
+        assert work.running == {} and work.waiting == [first, second]
+        orphan.kill()
+    assert work.go() == [] and len(work.done) == 2
 
 
 @slow
@@ -153,7 +191,7 @@ def test_an_estimate_over_seeds_by_hand():
     e = evidence.across_seeds([0.1, 0.3])                               # mean .2, sd .1414, standard error .1
     assert (e.mean, e.low, e.high) == pytest.approx((0.2, 0.2 - 1.2706, 0.2 + 1.2706), abs=1e-3)
     assert e.missed == pytest.approx(0.1 * (12.706 + 1.376), abs=1e-3) and e.p == pytest.approx(1 - 2 / math.pi * math.atan(2), abs=1e-4)
-    assert math.isnan(evidence.across_seeds([0.2]).low) and evidence.across_seeds([0.0, 0.0]).p == 1
+    assert all(math.isnan(evidence.across_seeds(values).p) for values in ([], [0.2], [0.1, 0.1]))
 
 
 def test_the_interval_covers_and_the_test_errs_as_often_as_it_says():
@@ -181,15 +219,16 @@ def made_up(worlds=("alfworld", "webshop")):
     """A study of two seeds with random games."""
     cells, rng = {}, random.Random(0)
     for world in worlds:
-        for variant in evidence.MEANING:
+        for variant in dict.fromkeys([*evidence.MEANING, *study.PUZZLE]):
             for seed in (0, 1):
                 evaluations = [dict(label=label, iteration=i, panel="p", env_steps=10 * i, won="".join(rng.choices("01", k=40)),
                                     invalid_rate=0.1, mean_steps=7.0) for i, label in enumerate(evidence.LABELS)]
                 column = lambda low, high: [rng.uniform(low, high) for _ in range(6)]
                 rows = dict(phase=[0, 0, 1, 1, 2, 2], env_steps=[10, 20, 30, 40, 50, 60], train_tokens=[*range(6)], seconds=[*range(6)],
-                            success_plain=[None, *column(0, 1)[1:]], **{f"skills_{s}": column(0, 9) for s in evidence.STATES})
+                            success_plain=[None, *column(0, 1)[1:]], detour=column(0, 1), **{f"skills_{s}": column(0, 9) for s in evidence.STATES})
                 bank = [dict(text="when a -> b", state="active", born=2, n=2, utility=0.2, effects=[[2, 0.5], [4, -0.5]])]
-                cells[f"{world}/{variant}/{seed}"] = dict(evaluations=evaluations, rows=rows, bank=bank, peak_gib=1.0, evaluation_s=9.0)
+                cells[f"{world}/{variant}/{seed}"] = dict(evaluations=evaluations, rows=rows, bank=bank, peak_gib=1.0, evaluation_s=9.0,
+                                                           plan="--x")
     return dict(preset="tiny", settings={}, code="c", commit="abc", begun="2026-01-31", device="a processor", versions=dict(torch="2"), cells=cells)
 
 

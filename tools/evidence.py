@@ -1,13 +1,14 @@
 """What the study says: its file, the statistics, and the tables and figures that README and docs show. `tools/study.py` runs it.
 
 The unit is the run. Games of one seed share a household or a shop, and those of one policy its luck, so games do not count as
-independent: two variants are compared on each seed, game by game on the same panel with the same dice, and the differences d_1..d_n
-of n seeds are what an interval is made of:
+independent: on each seed two variants play the same panel with the same dice, and the differences d_1..d_n of their success on n
+seeds are what an interval is made of:
 
     mean d +- t(.975; n - 1) sd(d) / sqrt(n),     p = P(|T| >= |mean d| sqrt(n) / sd(d)),  T of n - 1 degrees of freedom
 
-sd has in it both the luck of runs and that of games. The p values of one table are corrected after Holm for their number.
-`missed` is the difference that such a test finds in four of five studies: smaller ones may be there and not be seen.
+sd has in it both the luck of runs and that of games. Intervals are of each line by itself; the p values of a table are corrected
+after Holm for their number. `missed` is the difference that a test at 5%, uncorrected, finds in four of five studies: smaller ones
+may be there and not be seen.
 
 >>> estimate = across_seeds([0.10, 0.20, 0.15, 0.25, 0.20])
 >>> f"{estimate.mean:.3f} [{estimate.low:.3f}, {estimate.high:.3f}] p {estimate.p:.4f}"
@@ -32,6 +33,7 @@ import numpy as np
 import skills
 from policy import UserError
 from skills import COUNT, NUMBER, TEXT, Form, Optional, misfit
+from tools.files import write_text
 from tools.metrics import result_line, wilson
 from tools.terminal import say
 
@@ -56,6 +58,12 @@ MEANING = {
     "no_mining": "skills of a policy that had learnt nothing",
     "no_warmup": "phase 0 left out"}
 
+FORMS = {"no_advantage": "all 1, so larger in the mean", "uniform_small": "all alike, at the paper's mean",
+         "mean_one": "the paper's, mean 1"}
+PUZZLE = {"siri": FORMS | {"a_max_1": "A_max 1 instead of 2", "response": "whole responses, not actions"},
+          "stray": {f"stray_{name}": form for name, form in FORMS.items()}}
+GAMES_OF = {"siri": "as ever", "stray": "longer, and the policy strays"}
+
 # ---- 1. The file -----------------------------------------------------------------------------------------------------
 
 GAMES = Form(lambda x: isinstance(x, str) and bool(x) and set(x) <= {"0", "1"}, "a 0 or 1 for each game")
@@ -63,7 +71,8 @@ COLUMN = Form(lambda x: isinstance(x, list) and all(v is None or NUMBER.holds(v)
 EVALUATION = {"label": TEXT, "iteration": COUNT, "panel": TEXT, "env_steps": COUNT, "won": GAMES, "invalid_rate": NUMBER,
               "mean_steps": NUMBER, "score": Optional(NUMBER)}
 SKILL = {"text": TEXT, "state": TEXT, "born": COUNT, "n": COUNT, "utility": NUMBER, "effects": [skills.EFFECT]}
-CELL = {"evaluations": [EVALUATION], "rows": {...: COLUMN}, "bank": [SKILL], "peak_gib": NUMBER, "evaluation_s": NUMBER}
+CELL = {"plan": TEXT, "evaluations": [EVALUATION], "rows": {...: COLUMN}, "bank": [SKILL], "peak_gib": NUMBER,
+        "evaluation_s": NUMBER}
 STUDY = {"preset": TEXT, "settings": {...: {...: skills.ANYTHING}}, "code": TEXT, "commit": TEXT,
          "begun": TEXT, "device": TEXT, "versions": {...: TEXT}, "cells": {...: CELL}}
 
@@ -130,7 +139,7 @@ class Study:
 
 
 class Estimate(NamedTuple):
-    """A mean over seeds with its 95% interval, the two-sided p value of 0, and what the test may have missed."""
+    """A mean over n seeds with its 95% interval, the two-sided p value of 0, and what the test may have missed."""
     mean: float
     low: float
     high: float
@@ -159,14 +168,14 @@ def quantile(p: float, df: int) -> float:
 
 
 def across_seeds(values: Sequence[float]) -> Estimate:
-    """The estimate of the module's docstring. From one seed there is no interval (nan)."""
+    """The estimate of the module's docstring. From one seed, or from values that are all the same, there is no interval (nan)."""
     n, mean = len(values), float(np.mean(values)) if values else math.nan
-    if n < 2:
+    error = float(np.std(values, ddof=1)) / math.sqrt(n) if n > 1 else 0.0
+    if not error:
         return Estimate(mean, math.nan, math.nan, math.nan, math.nan, n)
-    error = float(np.std(values, ddof=1)) / math.sqrt(n)
     half = quantile(0.975, n - 1) * error
-    p = two_sided(mean / error, n - 1) if error else float(mean == 0)
-    return Estimate(mean, mean - half, mean + half, p, (quantile(0.975, n - 1) + quantile(0.8, n - 1)) * error, n)
+    missed = half + quantile(0.8, n - 1) * error
+    return Estimate(mean, mean - half, mean + half, two_sided(mean / error, n - 1), missed, n)
 
 
 def holm(ps: Sequence[float]) -> list[float]:
@@ -210,14 +219,11 @@ def rows_text(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def seeds_table(study: Study, world: str) -> str:
     """Success at each evaluation of siri and at the end of both baselines, a column for each seed."""
-    seeds = study.seeds(world, "siri")
-    rows = [[SHOWN[label], *(share(study.rate(world, "siri", s, label)) for s in seeds)] for label in LABELS]
-    for variant in ("gigpo", "gigpo_compute"):
-        there = study.seeds(world, variant)
-        rows += [[f"`{variant}`", *(share(study.rate(world, variant, s)) if s in there else "" for s in seeds)]] if there else []
-    for row in rows:
-        values = [float(x.strip("*")) for x in row[1:] if x]
-        row.append(share(float(np.mean(values))))
+    seeds, rows = study.seeds(world, "siri"), []
+    for name, variant, label in [(SHOWN[label], "siri", label) for label in LABELS] + [
+            (f"`{variant}`", variant, "final") for variant in ("gigpo", "gigpo_compute") if study.seeds(world, "siri", variant)]:
+        rates = [study.rate(world, variant, s, label) if s in study.seeds(world, variant) else math.nan for s in seeds]
+        rows.append([name, *map(share, rates), share(float(np.mean(rates)))])           # the mean is empty until all are there
     n = len(study.won(world, "siri", seeds[0]))
     return rows_text([f"{NAMES[world]}, {n} games", f"seed {seeds[0]}", *map(str, seeds[1:]), "mean"], rows)
 
@@ -263,6 +269,23 @@ def claims_table(study: Study) -> str:
                       for (world, what, e), p in zip(found, holm([e.p for _, _, e in found]))])
 
 
+def puzzle(study: Study) -> list[tuple[str, str, Estimate]]:
+    """The forms of the weights against the paper's, which each began from the same copies: variant of the paper's form, form,
+    estimate of the difference."""
+    return [(paper, form, across_seeds(study.differences("alfworld", variant, paper)))
+            for paper, forms in PUZZLE.items() for variant, form in forms.items() if study.seeds("alfworld", paper, variant)]
+
+
+def puzzle_table(study: Study) -> str:
+    """Which steps, or how large a step: with the share of a guided win's steps that nobody needed, in phase 2."""
+    found, rows = puzzle(study), []
+    for (paper, form, e), p in zip(found, holm([e.p for *_, e in found])):
+        runs = [study.cell("alfworld", paper, s)["rows"] for s in study.seeds("alfworld", paper)]
+        useless = np.mean([x for r in runs for x, phase in zip(r["detour"], r["phase"]) if phase == 2 and x is not None])
+        rows.append([form, f"{GAMES_OF[paper]} ({100 * useless:.0f}%)", str(e.n), interval(e), probability(p)])
+    return rows_text(["form of the weights", "games (useless steps)", "seeds", "minus the paper's, points [95%]", "p, Holm"], rows)
+
+
 def cost_table(study: Study) -> str:
     """Time and memory of a whole run of siri with its five evaluations, a mean over seeds."""
     rows = []
@@ -286,7 +309,9 @@ def made_with(study: Study) -> str:
 
 
 def results_lines(study: Study) -> str:
-    """The last lines of README's first command: the evaluations of seed 0 of the household."""
+    """The last lines of README's first command: the evaluations of the household's first seed."""
+    if not study.seeds("alfworld", "siri"):
+        return "(The household is not measured yet.)"
     said = study.cell("alfworld", "siri", study.seeds("alfworld", "siri")[0])["evaluations"]
     lines = [result_line(dict(e, success=e["won"].count("1") / len(e["won"]), n=len(e["won"]),
                               interval=wilson(e["won"].count("1"), len(e["won"]))), indent=2) for e in said]
@@ -301,7 +326,7 @@ def of(table: Callable[[Study, str], str], world: str) -> Callable[[Study], str]
 BLOCKS: dict[str, Callable[[Study], str]] = {
     "household": of(seeds_table, "alfworld"), "shop": of(seeds_table, "webshop"),
     "household variants": of(variants_table, "alfworld"), "shop variants": of(variants_table, "webshop"),
-    "claims": claims_table, "cost": cost_table, "made with": made_with, "first run": results_lines}
+    "puzzle": puzzle_table, "claims": claims_table, "cost": cost_table, "made with": made_with, "first run": results_lines}
 
 
 # ---- 4. Figures ------------------------------------------------------------------------------------------------------
@@ -321,8 +346,8 @@ def curves(study: Study, world: str, variant: str, axis: str) -> tuple[np.ndarra
     (100,) and (seeds, 100)."""
     runs = [study.cell(world, variant, s)["rows"] for s in study.seeds(world, "siri", variant)]
     at = np.linspace(0, min(r[axis][-1] for r in runs), 100)
-    smooth = lambda y: np.array([np.mean(y[max(0, i - 2):i + 3]) for i in range(len(y))])
-    return at, np.array([np.interp(at, r[axis], smooth([v or 0.0 for v in r["success_plain"]])) for r in runs])
+    smooth = lambda y: np.array([np.nanmean(y[max(0, i - 2):i + 3]) for i in range(len(y))])
+    return at, np.array([np.interp(at, r[axis], smooth(np.array(r["success_plain"], float))) for r in runs])
 
 
 def curves_figure(study: Study) -> Any:
@@ -369,7 +394,25 @@ def bank_figure(study: Study) -> Any:
     return figure
 
 
-FIGURES = {"assets/curves.png": curves_figure, "assets/bank.png": bank_figure}
+def puzzle_figure(study: Study) -> Any:
+    """Each form of the weights minus the paper's, with its interval, in both kinds of games; None while there is none."""
+    from matplotlib.figure import Figure
+    if not (found := puzzle(study)):
+        return None
+    figure = Figure(figsize=(7, 1.2 + 0.32 * len(found)), layout="constrained")
+    ax = figure.subplots()
+    for y, (paper, _, e) in enumerate(found):
+        half = None if math.isnan(e.low) else 100 * (e.mean - e.low)
+        ax.errorbar(100 * e.mean, y, xerr=half, capsize=3, fmt="o" if paper == "siri" else "s",
+                    color="#1f4e96" if paper == "siri" else "#b5462f")
+    ax.axvline(0, color="0.4", lw=1, ls=":")
+    ax.set_yticks(range(len(found)), [f"{form}\n(games {GAMES_OF[paper]})" for paper, form, _ in found], fontsize=8)
+    ax.invert_yaxis()
+    ax.set(xlabel="final success minus that with the paper's weights, points, 95% over seeds")
+    return figure
+
+
+FIGURES = {"assets/curves.png": curves_figure, "assets/bank.png": bank_figure, "assets/weights.png": puzzle_figure}
 
 
 # ---- 5. Pages --------------------------------------------------------------------------------------------------------
@@ -386,8 +429,11 @@ def filled(page: str, study: Study) -> str:
     return re.sub(r"<!-- study: ([\w ]+) -->\n.*?<!-- end -->", block, page, flags=re.DOTALL)
 
 
-def command(write: bool) -> int:
-    """Write the pages' blocks and the figures, or compare the blocks. Returns the exit status. UserError as `read` and `filled`."""
+def command(write: bool, found: Path = FILE) -> int:
+    """Take a study that was found, if it is there, and write the pages' blocks and the figures; or compare the blocks. Returns the
+    exit status. UserError as `read` and `filled`."""
+    if write and found.exists():
+        write_text(FILE, text(read(found)))
     study, wrong = Study(read(FILE)), 0
     for name in PAGES:
         page = (ROOT / name).read_text(encoding="utf-8")
@@ -399,8 +445,9 @@ def command(write: bool) -> int:
             changed = [*difflib.unified_diff(page.splitlines(), now.splitlines(), name, "the study", lineterm="", n=0)]
             say("\n".join(changed[:12]))
     for name, figure in FIGURES.items() if write else ():
-        held = io.BytesIO()
-        figure(study).savefig(held, dpi=130, metadata=dict(Software=None))
-        (ROOT / name).write_bytes(held.getvalue())
+        if drawn := figure(study):
+            held = io.BytesIO()
+            drawn.savefig(held, dpi=130, metadata=dict(Software=None))
+            (ROOT / name).write_bytes(held.getvalue())
     say(f"{len(study.cells)} runs; {len(PAGES)} pages {'written' if write else f'compared, {wrong} of them differ'}")
     return 1 if wrong else 0
