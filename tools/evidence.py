@@ -24,7 +24,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,6 +50,7 @@ MEANING = {
     "gigpo_compute": "the same, for as many trained tokens",
     "no_advantage": "S8: all gated steps alike",
     "no_gate": "S7: skills of every utility distilled",
+    "no_pair_gain": "S7: the gate asks for the skill's utility alone",
     "distill_plain": "own plain wins distilled, no skill anywhere",
     "random_skill": "S3: any skill for any task",
     "no_validation": "S4-S6: every mined skill used and distilled",
@@ -217,13 +218,29 @@ def rows_text(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def seeds_table(study: Study, world: str) -> str:
-    """Success at each evaluation of siri and at the end of both baselines, a column for each seed."""
-    seeds, rows = study.seeds(world, "siri"), []
+def stages(study: Study, world: str) -> Iterator[tuple[str, list[float]]]:
+    """Success at each evaluation of siri and at the end of both baselines, on each seed of siri; nan where it is not run yet."""
     for name, variant, label in [(SHOWN[label], "siri", label) for label in LABELS] + [
-            (f"`{variant}`", variant, "final") for variant in ("gigpo", "gigpo_compute") if study.seeds(world, "siri", variant)]:
-        rates = [study.rate(world, variant, s, label) if s in study.seeds(world, variant) else math.nan for s in seeds]
-        rows.append([name, *map(share, rates), share(float(np.mean(rates)))])           # the mean is empty until all are there
+            (f"`{variant}`: {MEANING[variant]}", variant, "final") for variant in ("gigpo", "gigpo_compute")]:
+        there = study.seeds(world, variant) if study.seeds(world, "siri", variant) else []
+        yield name, [study.rate(world, variant, s, label) if s in there else math.nan for s in study.seeds(world, "siri")]
+
+
+def short_table(study: Study) -> str:
+    """The stages, a column for each world: the mean over seeds, and their range."""
+    worlds = [w for w in NAMES if study.seeds(w, "siri")]
+    cell = lambda rates: "" if any(map(math.isnan, rates)) else (
+        f"{share(float(np.mean(rates)))} [{share(min(rates))}, {share(max(rates))}]")
+    columns = [[cell(rates) for _, rates in stages(study, world)] for world in worlds]
+    names = [name for name, _ in stages(study, worlds[0])]
+    return rows_text(["mean [lowest, highest seed]", *(f"{NAMES[w]}, {len(study.seeds(w, 'siri'))} seeds" for w in worlds)],
+                     zip(names, *columns))
+
+
+def seeds_table(study: Study, world: str) -> str:
+    """The stages, a column for each seed, and the mean, which is empty until all are there."""
+    seeds = study.seeds(world, "siri")
+    rows = [[name, *map(share, rates), share(float(np.mean(rates)))] for name, rates in stages(study, world)]
     n = len(study.won(world, "siri", seeds[0]))
     return rows_text([f"{NAMES[world]}, {n} games", f"seed {seeds[0]}", *map(str, seeds[1:]), "mean"], rows)
 
@@ -324,7 +341,7 @@ def of(table: Callable[[Study, str], str], world: str) -> Callable[[Study], str]
 
 
 BLOCKS: dict[str, Callable[[Study], str]] = {
-    "household": of(seeds_table, "alfworld"), "shop": of(seeds_table, "webshop"),
+    "short": short_table, "household": of(seeds_table, "alfworld"), "shop": of(seeds_table, "webshop"),
     "household variants": of(variants_table, "alfworld"), "shop variants": of(variants_table, "webshop"),
     "puzzle": puzzle_table, "claims": claims_table, "cost": cost_table, "made with": made_with, "first run": results_lines}
 
@@ -429,10 +446,10 @@ def filled(page: str, study: Study) -> str:
     return re.sub(r"<!-- study: ([\w ]+) -->\n.*?<!-- end -->", block, page, flags=re.DOTALL)
 
 
-def command(write: bool, found: Path = FILE) -> int:
+def command(write: bool, found: Path | None = None) -> int:
     """Take a study that was found, if it is there, and write the pages' blocks and the figures; or compare the blocks. Returns the
     exit status. UserError as `read` and `filled`."""
-    if write and found.exists():
+    if write and found and found.exists():
         write_text(FILE, text(read(found)))
     study, wrong = Study(read(FILE)), 0
     for name in PAGES:

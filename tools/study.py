@@ -77,6 +77,7 @@ PLAN = {
     "gigpo_compute": Part("--env-steps 0 --train-tokens {tokens}", "end", "gigpo"),
     "no_advantage": Part("--variant no_advantage", "internalize"),
     "no_gate": Part("--variant no_gate", "internalize"),
+    "no_pair_gain": Part("--no-pair-gain", "internalize"),
     # Own plain wins imitated, and no skill anywhere: is it the skill, or the extra imitation?
     "distill_plain": Part("--variant distill_plain --warmup-max {mined} --mining-max 0", "before mining"),
     "random_skill": Part("--variant random_skill", "mining"),
