@@ -276,7 +276,7 @@ def test_a_page_is_filled_between_its_marks_and_a_changed_figure_is_found(tmp_pa
     (tmp_path / "page.md").write_text(page.replace("warm-up lifts", "warm-up lowers"))
     assert evidence.command(write=False) == 1 and "-| warm-up lowers" in capsys.readouterr().out
     (tmp_path / "page.md").write_text("<!-- study: nothing -->\n<!-- end -->")
-    with pytest.raises(UserError, match="must be one of household"):
+    with pytest.raises(UserError, match="must be one of short, household"):
         evidence.command(write=True)
 
 
