@@ -98,7 +98,7 @@ class Scripted(study.Study):
 
 
 TOLD = dict(evaluations=[dict(label="final", iteration=2, panel="p", env_steps=9, won="0110", invalid_rate=0.1, mean_steps=4.5)],
-            rows=dict(phase=[0, 1], env_steps=[4, 9], train_tokens=[10, 20], seconds=[1.0, 2.5]), evaluation_s=1.0, peak_gib=1.0, bank=[])
+            rows=dict(phase=[0, 1], env_steps=[4, 9], train_tokens=[10, 20], seconds=[1.0, 2.5]), evaluation_s=1.0, peak_gib=1.0, bank=[], covered="0")
 
 
 def test_cells_are_run_once_and_a_failure_stops_only_what_needs_it(tmp_path, monkeypatch, capfd):
@@ -228,7 +228,7 @@ def made_up(worlds=("alfworld", "webshop")):
                             success_plain=[None, *column(0, 1)[1:]], detour=column(0, 1), **{f"skills_{s}": column(0, 9) for s in evidence.STATES})
                 bank = [dict(text="when a -> b", state="active", born=2, n=2, utility=0.2, effects=[[2, 0.5], [4, -0.5]])]
                 cells[f"{world}/{variant}/{seed}"] = dict(evaluations=evaluations, rows=rows, bank=bank, peak_gib=1.0, evaluation_s=9.0,
-                                                           plan="--x")
+                                                           plan="--x", covered="01" * 20)
     return dict(preset="tiny", settings={}, code="c", commit="abc", begun="2026-01-31", device="a processor", versions=dict(torch="2"), cells=cells)
 
 
@@ -250,6 +250,9 @@ def test_tables_say_what_the_games_say():
     assert told.differences("alfworld", "no_gate", "siri") == pytest.approx([rate("no_gate", s) - rate("siri", s) for s in (0, 1)])
     assert told.pairs("alfworld", 0) == [0.5]                           # the effect of phase 1, not that of phase 2
     table = evidence.seeds_table(told, "alfworld")
+    split = [line.split(" | ")[-1].strip(" |") for line in evidence.covered_table(told, "alfworld").splitlines()[2:]]
+    won = np.array([told.won("alfworld", "siri", seed) for seed in (0, 1)])
+    assert [float(x) for x in split] == pytest.approx([won[:, 1::2].mean(), won[:, ::2].mean()], abs=6e-4)
     final = next(line for line in table.splitlines() if "final" in line)
     assert [float(x) for x in final.split(" | ")[1:3]] == pytest.approx([rate("siri", s) for s in (0, 1)], abs=6e-4)
     rows = evidence.variants_table(told, "webshop").splitlines()[2:]

@@ -72,7 +72,7 @@ COLUMN = Form(lambda x: isinstance(x, list) and all(v is None or NUMBER.holds(v)
 EVALUATION = {"label": TEXT, "iteration": COUNT, "panel": TEXT, "env_steps": COUNT, "won": GAMES, "invalid_rate": NUMBER,
               "mean_steps": NUMBER, "score": Optional(NUMBER)}
 SKILL = {"text": TEXT, "state": TEXT, "born": COUNT, "n": COUNT, "utility": NUMBER, "effects": [skills.EFFECT]}
-CELL = {"plan": TEXT, "evaluations": [EVALUATION], "rows": {...: COLUMN}, "bank": [SKILL], "peak_gib": NUMBER,
+CELL = {"plan": TEXT, "evaluations": [EVALUATION], "covered": GAMES, "rows": {...: COLUMN}, "bank": [SKILL], "peak_gib": NUMBER,
         "evaluation_s": NUMBER}
 STUDY = {"preset": TEXT, "settings": {...: {...: skills.ANYTHING}}, "code": TEXT, "commit": TEXT,
          "begun": TEXT, "device": TEXT, "versions": {...: TEXT}, "cells": {...: CELL}}
@@ -286,6 +286,16 @@ def claims_table(study: Study) -> str:
                       for (world, what, e), p in zip(found, holm([e.p for _, _, e in found]))])
 
 
+def covered_table(study: Study, world: str) -> str:
+    """Where the bank's worth stays and where it goes: siri's panels of all seeds, games that an active skill is for and others."""
+    seeds, rows = study.seeds(world, "siri"), []
+    covered = np.concatenate([[*map(int, study.cell(world, "siri", s)["covered"])] for s in seeds])
+    for name, part in (("an active skill is for them", covered == 1), ("none is", covered == 0)):
+        wins = [np.concatenate([study.won(world, "siri", s, label) for s in seeds])[part] for label in LABELS]
+        rows.append([name, str(part.sum()), *(share(float(w.mean())) if part.any() else "" for w in wins)])
+    return rows_text([f"{NAMES[world]}: games", "n", *(SHOWN[label] for label in LABELS)], rows)
+
+
 def puzzle(study: Study) -> list[tuple[str, str, Estimate]]:
     """The forms of the weights against the paper's, which each began from the same copies: variant of the paper's form, form,
     estimate of the difference."""
@@ -343,6 +353,7 @@ def of(table: Callable[[Study, str], str], world: str) -> Callable[[Study], str]
 BLOCKS: dict[str, Callable[[Study], str]] = {
     "short": short_table, "household": of(seeds_table, "alfworld"), "shop": of(seeds_table, "webshop"),
     "household variants": of(variants_table, "alfworld"), "shop variants": of(variants_table, "webshop"),
+    "household covered": of(covered_table, "alfworld"), "shop covered": of(covered_table, "webshop"),
     "puzzle": puzzle_table, "claims": claims_table, "cost": cost_table, "made with": made_with, "first run": results_lines}
 
 

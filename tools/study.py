@@ -49,7 +49,7 @@ from tools.files import checkpoints, damage, load_bank, load_results, phase_ends
 from tools.make_tiny import shop_skill, skill_text
 from tools.progress import clock
 from tools.report import read_metrics
-from tools.settings import PRESETS, load_config
+from tools.settings import PRESETS, load_config, make_environment
 from tools.terminal import say
 
 # What decides a result, beside a world's settings. Runs of other code are not of this study.
@@ -283,9 +283,10 @@ COLUMNS = ("phase", "env_steps", "train_tokens", "seconds", "optimizer_steps", "
 
 
 def told(folder: Path, plan: str) -> dict[str, Any]:
-    """What a run that has ended says: evaluations game by game, a column for each metric, and its bank. UserError if games of an
-    evaluation were lost to the machine or the environment, or a number is not finite: that is no result."""
-    results, rows = load_results(folder), read_metrics(folder / "metrics.csv")[0]
+    """What a run that has ended says: evaluations game by game, which games an active skill is for, a column for each metric, and
+    its bank. UserError if games of an evaluation were lost to the machine or the environment, or a number is not finite: that is no
+    result."""
+    cfg, results, rows = load_config(folder, {}), load_results(folder), read_metrics(folder / "metrics.csv")[0]
     if lost := sum(r.get("failures", 0) for r in results):
         raise UserError(f"{folder}: {lost} games of its evaluations were lost; take the folder away, and it is run again")
     tokens, bank = 0.0, load_bank(folder)
@@ -297,6 +298,8 @@ def told(folder: Path, plan: str) -> dict[str, Any]:
                           won="".join("01"[won] for won in r["outcomes"].values()), invalid_rate=round(r["invalid_rate"], 4),
                           mean_steps=round(r["mean_steps"], 4), **({"score": round(r["score"], 4)} if "score" in r else {}))
                      for r in results],
+        covered="".join("01"[bank.retrieve(task.goal, explore=False) is not None]
+                        for task in siri.panel_tasks(cfg, make_environment(cfg))),
         rows={name: [tidy(row[name]) for row in rows] for name in COLUMNS},
         bank=[dict(text=skill.text, state=skill.state, born=skill.born, n=skill.n, utility=round(bank.utility(skill), 4),
                    effects=[[i, round(delta, 4)] for i, delta in skill.effects]) for skill in bank.skills])
