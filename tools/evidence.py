@@ -46,8 +46,8 @@ SHOWN = {"base": "base", "after warm-up": "after warm-up", "phase 1 plain": "pha
          "phase 1 with skills": "phase 1, with the bank", "final": "**final, bank thrown away**"}
 MEANING = {
     "siri": "the whole method",
-    "gigpo": "no skills: warm-up for as many environment steps",
-    "gigpo_compute": "the same, for as many trained tokens",
+    "gigpo": "no skills, as many environment steps",
+    "gigpo_compute": "no skills, as many trained tokens",
     "no_advantage": "S8: all gated steps alike",
     "no_gate": "S7: skills of every utility distilled",
     "no_pair_gain": "S7: the gate asks for the skill's utility alone",
