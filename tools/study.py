@@ -42,7 +42,6 @@ if __name__ == "__main__":
 import envs
 import siri
 from policy import UserError
-from run import Lock
 from tools import evidence
 from tools.bench import machine
 from tools.files import checkpoints, damage, load_bank, load_results, phase_ends, read_json, write_json, write_text
@@ -500,6 +499,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder = chosen.folder.resolve()
         if chosen.check or chosen.write:
             return evidence.command(chosen.write, folder / "study.json")
+        from run import Lock  # not above: it would take a --check of this program for its own
         cells = grid(names_of(chosen.worlds, [*WORLDS], "--worlds"), names_of(chosen.variants, [*PLAN], "--variants"),
                      seeds_of(chosen.seeds) if chosen.seeds else None)
         again = Cell.read(chosen.repeat) if chosen.repeat else None
