@@ -237,7 +237,7 @@ def test_a_study_is_read_back_as_it_was_written_and_another_file_is_refused(tmp_
     path.write_text(evidence.text(data))
     assert evidence.read(path) == data
     for spoiled, says in ((path.read_text().replace('"won":"', '"won":"x', 1), "a 0 or 1 for each game"), ("{}", "preset is missing"),
-                          (path.read_text()[:-9], "cannot be read as a study")):
+                          (path.read_text()[:-9], "cannot be read as JSON")):
         path.write_text(spoiled)
         with pytest.raises(UserError, match=says):
             evidence.read(path)

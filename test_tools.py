@@ -1577,6 +1577,11 @@ def test_a_gym_environment_branches_like_a_function(copies):
     assert world.succeeded(0.0, {"success": True}) and not world.succeeded(1.0, {"success": False}) and world.succeeded(1.0, {})
 
 
+def test_a_gym_world_that_makes_no_environment_is_refused_with_what_to_write(abroad):
+    with pytest.raises(UserError, match=r"in a first game .train/0.: NotImplementedError: write make\(self, task\), which gives"):
+        looked_at("from tools.gym_text import GymWorld\n\nclass Room(GymWorld):\n    max_steps, goal, commands = 4, 'win', ('a', 'b')\n")
+
+
 def test_a_gym_environment_that_its_seed_does_not_decide_is_found_out():
     world = Counting()
     world.make = lambda task: Count(chance=True)

@@ -32,8 +32,8 @@ import numpy as np
 
 import skills
 from policy import UserError
-from skills import COUNT, NUMBER, TEXT, Form, Optional, misfit
-from tools.files import write_text
+from skills import COUNT, NUMBER, TEXT, Form, Optional
+from tools.files import read_json, write_text
 from tools.metrics import result_line, wilson
 from tools.terminal import say
 
@@ -80,13 +80,9 @@ STUDY = {"preset": TEXT, "settings": {...: {...: skills.ANYTHING}}, "code": TEXT
 
 def read(path: Path) -> dict[str, Any]:
     """A study's file. UserError if it is none."""
-    try:
-        data = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as e:
-        raise UserError(f"{path}: cannot be read as a study ({e}); run python tools/study.py") from e
-    if problem := misfit(data, STUDY, path.stem):
-        raise UserError(f"{path}: {problem}; not a study of this version: move it away")
-    return data
+    if not path.exists():
+        raise UserError(f"{path}: is not there; run python tools/study.py")
+    return read_json(path, STUDY)
 
 
 def text(data: dict[str, Any]) -> str:
@@ -95,6 +91,11 @@ def text(data: dict[str, Any]) -> str:
     head = "".join(f" {json.dumps(k)}: {json.dumps(v)},\n" for k, v in data.items() if k != "cells")
     cells = ",\n".join(f"  {json.dumps(k)}: {compact(v)}" for k, v in data["cells"].items())
     return f'{{\n{head} "cells": {{\n{cells}\n }}\n}}\n'
+
+
+def success(evaluation: dict[str, Any]) -> float:
+    """The share of an evaluation's games that were won."""
+    return evaluation["won"].count("1") / len(evaluation["won"])
 
 
 class Study:
@@ -340,8 +341,8 @@ def results_lines(study: Study) -> str:
     if not study.seeds("alfworld", "siri"):
         return "(The household is not measured yet.)"
     said = study.cell("alfworld", "siri", study.seeds("alfworld", "siri")[0])["evaluations"]
-    lines = [result_line(dict(e, success=e["won"].count("1") / len(e["won"]), n=len(e["won"]),
-                              interval=wilson(e["won"].count("1"), len(e["won"]))), indent=2) for e in said]
+    lines = [result_line(dict(e, n=(n := len(e["won"])), success=success(e), interval=wilson(e["won"].count("1"), n)), indent=2)
+             for e in said]
     return "```\n" + "\n".join(lines) + "\n```"
 
 

@@ -42,6 +42,7 @@ if __name__ == "__main__":
 import envs
 import siri
 from policy import UserError
+from skills import misfit
 from tools import evidence
 from tools.bench import machine
 from tools.files import checkpoints, damage, load_bank, load_results, phase_ends, read_json, write_json, write_text
@@ -302,7 +303,7 @@ def told(folder: Path, plan: str) -> dict[str, Any]:
         rows={name: [tidy(row[name]) for row in rows] for name in COLUMNS},
         bank=[dict(text=skill.text, state=skill.state, born=skill.born, n=skill.n, utility=round(bank.utility(skill), 4),
                    effects=[[i, round(delta, 4)] for i, delta in skill.effects]) for skill in bank.skills])
-    if problem := evidence.misfit(cell, evidence.CELL, folder.name):
+    if problem := misfit(cell, evidence.CELL, folder.name):
         raise UserError(f"{problem}; its run is in {folder}")
     return cell
 
@@ -385,7 +386,7 @@ class Work:
             return self.fail(cell, str(e))
         self.study.save()
         self.fresh.append((cell, time.monotonic() - began))
-        last = "".join(f"{e['label']} {e['won'].count('1') / len(e['won']):.3f}" for e in said["evaluations"][-1:])
+        last = "".join(f"{e['label']} {evidence.success(e):.3f}" for e in said["evaluations"][-1:])
         say(f"{len(self.done):4d} done  {cell}  {last}  {clock(self.fresh[-1][1])}  {self.outlook()}")
 
     def fail(self, cell: Cell, why: str) -> None:
