@@ -47,8 +47,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "paper48": dict(alfworld=PAPER48, webshop=PAPER48 | SHOP),          # from 39 GiB: A100-40GB, 48 GB; bf16
     # A laptop, 10 minutes. Of an action's tokens one or two carry the choice, of a whole response's one, hence these lambdas.
     "tiny": dict(alfworld=TINY, webshop=TINY | TINY_SHOP | dict(
-        lr=2e-3, minibatch=400, n_req=90, mining_max=10, tau_up=0.1, lambda_max=10.0, distill_max=6, distill_epochs=2,
-        distill_lr=1e-3, distill_decay=False)),
+        n_req=90, mining_max=10, tau_up=0.1, lambda_max=10.0, distill_max=6, distill_epochs=2)),
     "smoke": dict(alfworld=SMOKE, webshop=SMOKE | TINY_SHOP)}           # the whole path in a minute, for tests
 
 
