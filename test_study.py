@@ -108,8 +108,10 @@ def test_cells_are_run_once_and_a_failure_stops_only_what_needs_it(tmp_path, mon
     failed = study.Work(Scripted(tmp_path, "smoke"), cells, 2).go()
     assert sorted(map(str, failed)) == ["alfworld/gigpo/1", "alfworld/gigpo_compute/1"]
     assert "alfworld/gigpo/1: its run ended with 1: full disk" in (said := capfd.readouterr()).err and "left, eta" in said.out
+    now = study.machine() | dict(commit="0123456789")                                   # of the same code and settings
+    monkeypatch.setattr(study, "machine", lambda: now)
     again = Scripted(tmp_path, "smoke")
-    assert len(again.data["cells"]) == 6
+    assert len(again.data["cells"]) == 6 and again.data["commit"] == "0123456"
     started = []
     monkeypatch.setattr(Scripted, "start", lambda self, cell, start=Scripted.start: started.append(str(cell)) or start(self, cell))
     Scripted.script = "pass"

@@ -24,6 +24,7 @@ import envs
 from policy import NF4, Chat, UserError, attach_adapter, keep_quiet, load_base, load_tokenizer, one_line, same_base, source_of
 from siri import PHASES, Config
 from skills import ANYTHING, COUNT, FLAG, SkillBank
+from tools import worlds
 from tools.files import latest_checkpoint, load_bank, read_json, sync, write_json, write_text
 from tools.metrics import wilson
 from tools.report import read_metrics, read_results, read_samples
@@ -75,13 +76,16 @@ class Taken:
 # ---- 1. What is there ----------------------------------------------------------------------------------------------
 
 def read_run(folder: Path, model: str | None) -> Taken:
-    """All that is taken of a run, on the base model of another place if one is given. UserError as the readers of its files."""
+    """All that is taken of a run, on the base model of another place if one is given. UserError as the readers of its files, and
+    for an environment of one's own that is not there, whose prompts the card shows."""
     checkpoint, settings = latest_checkpoint(folder), saved_settings(folder)
+    cfg = Config(**settings | ({"model": model} if model else {}))
+    if worlds.is_own(cfg.env):
+        worlds.enter_prompts(worlds.World(worlds.find(cfg.env), cfg.seed, cfg.max_steps))
     progress = read_json(checkpoint / "progress.json", PROGRESS)
     rows, _ = read_metrics(folder / "metrics.csv")
-    return Taken(folder, Config(**settings | ({"model": model} if model else {})), checkpoint, progress,
-                 rows[:progress["iteration"]], read_results(folder / "results.json"), read_samples(folder / "samples"),
-                 load_bank(checkpoint))
+    return Taken(folder, cfg, checkpoint, progress, rows[:progress["iteration"]], read_results(folder / "results.json"),
+                 read_samples(folder / "samples"), load_bank(checkpoint))
 
 
 def read_base(cfg: Config) -> Base:

@@ -180,7 +180,7 @@ class Study:
             if other:
                 raise UserError(f"{self.file}: is of another {other[0]}; a study is of one: give another --folder, or go on with "
                                 f"what it was begun with (commit {self.data['commit']})")
-            self.data["settings"] = now["settings"]
+            self.data |= {name: now[name] for name in ("settings", "commit")}       # which give the same cells, as was seen above
 
     def save(self) -> None:
         """Write the file, a line for each cell."""
