@@ -274,8 +274,11 @@ def test_a_page_is_filled_between_its_marks_and_a_changed_figure_is_found(tmp_pa
     monkeypatch.setattr(evidence, "ROOT", tmp_path)
     monkeypatch.setattr(evidence, "FILE", tmp_path / "study.json")
     monkeypatch.setattr(evidence, "PAGES", ("page.md",))
-    monkeypatch.setattr(evidence, "FIGURES", {})
-    assert evidence.command(write=False) == 1 and evidence.command(write=True) == 0 == evidence.command(write=False)
+    monkeypatch.setattr(evidence, "FIGURES", {"bank.png": evidence.bank_figure})
+    assert evidence.command(write=True) == 0 == evidence.command(write=False)
+    (tmp_path / "study.json").write_text(evidence.text(made_up(worlds=["alfworld"])))
+    assert evidence.command(write=False) == 1 and "bank.png was drawn from another file" in capsys.readouterr().out
+    assert evidence.command(write=True) == 0 == evidence.command(write=False)
     page = (tmp_path / "page.md").read_text()
     assert page.startswith("# A\n") and page.endswith("<!-- end -->\ntext\n") and "warm-up lifts" in page and "\nold\n" not in page
     (tmp_path / "page.md").write_text(page.replace("warm-up lifts", "warm-up lowers"))
@@ -286,7 +289,7 @@ def test_a_page_is_filled_between_its_marks_and_a_changed_figure_is_found(tmp_pa
 
 
 def test_what_the_pages_show_is_what_was_measured():
-    """Every table, and the last lines of README's first command; by the program, which says so."""
+    """Every table, the last lines of README's first command, and of which file each figure was drawn; by the program, which says so."""
     done = subprocess.run([sys.executable, str(HERE / "tools/study.py"), "--check"], capture_output=True, text=True)
-    assert done.returncode == 0 and "pages compared, 0 of them differ" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and "figures compared, 0 of them differ" in done.stdout, done.stdout + done.stderr
     assert "<!-- study: first run -->" in (HERE / "README.md").read_text()

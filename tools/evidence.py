@@ -20,6 +20,7 @@ may be there and not be seen.
 from __future__ import annotations
 
 import difflib
+import hashlib
 import io
 import json
 import math
@@ -424,10 +425,9 @@ def bank_figure(study: Study) -> Any:
 
 
 def puzzle_figure(study: Study) -> Any:
-    """Each form of the weights minus the paper's, with its interval, in both kinds of games; None while there is none."""
+    """Each form of the weights minus the paper's, with its interval, in both kinds of games."""
     from matplotlib.figure import Figure
-    if not (found := puzzle(study)):
-        return None
+    found = puzzle(study)
     figure = Figure(figsize=(7, 1.2 + 0.32 * len(found)), layout="constrained")
     ax = figure.subplots()
     for y, (paper, _, e) in enumerate(found):
@@ -458,9 +458,14 @@ def filled(page: str, study: Study) -> str:
     return re.sub(r"<!-- study: ([\w ]+) -->\n.*?<!-- end -->", block, page, flags=re.DOTALL)
 
 
+def mark(data: dict[str, Any]) -> str:
+    """What a figure has in it of the file that it was drawn from."""
+    return f"study {hashlib.sha256(text(data).encode()).hexdigest()[:16]}"
+
+
 def command(write: bool, found: Path | None = None) -> int:
-    """Take a study that was found, if it is there, and write the pages' blocks and the figures; or compare the blocks. Returns the
-    exit status. UserError as `read` and `filled`."""
+    """Take a study that was found, if it is there, and write the pages' blocks and the figures; or compare the blocks, and of which
+    file the figures were drawn. Returns the exit status. UserError as `read` and `filled`."""
     if write and found and found.exists():
         write_text(FILE, text(read(found)))
     study, wrong = Study(read(FILE)), 0
@@ -473,10 +478,14 @@ def command(write: bool, found: Path | None = None) -> int:
             wrong += 1
             changed = [*difflib.unified_diff(page.splitlines(), now.splitlines(), name, "the study", lineterm="", n=0)]
             say("\n".join(changed[:12]))
-    for name, figure in FIGURES.items() if write else ():
-        if drawn := figure(study):
+    for name, figure in FIGURES.items():
+        if write:
             held = io.BytesIO()
-            drawn.savefig(held, dpi=130, metadata=dict(Software=None))
+            figure(study).savefig(held, dpi=130, metadata=dict(Software=None, Description=mark(study.data)))
             (ROOT / name).write_bytes(held.getvalue())
-    say(f"{len(study.cells)} runs; {len(PAGES)} pages {'written' if write else f'compared, {wrong} of them differ'}")
+        elif mark(study.data).encode() not in (ROOT / name).read_bytes():
+            wrong += 1
+            say(f"{name} was drawn from another file")
+    say(f"{len(study.cells)} runs; {len(PAGES)} pages and {len(FIGURES)} figures "
+        f"{'written' if write else f'compared, {wrong} of them differ'}")
     return 1 if wrong else 0

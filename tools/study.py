@@ -4,7 +4,7 @@
     python tools/study.py --seeds 0 --variants siri,gigpo   a part of it (what that needs is run, too)
     python tools/study.py --repeat alfworld/no_gate/3       a cell again, in a new folder: are its games the same?
     python tools/study.py --write                           what was found becomes assets/study.json, its tables and figures
-    python tools/study.py --check                           are the tables those of assets/study.json? (seconds)
+    python tools/study.py --check                           are tables and figures those of assets/study.json? (seconds)
 
 A cell of the grid is one variant on one seed of one world: a run of siri.py. Variants are the same up to where they part, so a
 cell goes on from a copy of another's checkpoint: `PLAN` says from which. All play as many groups in as many iterations as `siri`
