@@ -380,7 +380,7 @@ def config_section(cfg: dict[str, Any]) -> str:
     show = lambda v: f"<code>{esc(v)}</code>" if v != "" else "&ndash;"
     rows = [[esc(k), show(v), show(default.get(k, "")), "changed" if v != default.get(k) else ""] for k, v in cfg.items()]
     head = ["setting", "value", "default", "changed?"]
-    body = table("Every setting as used; defaults are the paper preset's", head, rows, len(head))
+    body = table("Every setting as used, beside its default", head, rows, len(head))
     changed = sum(row[-1] == "changed" for row in rows)
     return section("config", "Configuration", folded(f"{len(rows)} settings, {changed} changed from the default", body))
 
