@@ -1418,7 +1418,9 @@ def test_a_world_of_ones_own_goes_through_all_phases(abroad, capsys, env, name, 
     if env == "room.py:Room":                           # the card has the class's own prompts, in a process that has not trained, too
         text = (abroad / "room.py").read_text()
         (abroad / "room.py").write_text(text.replace("    max_steps = 2\n", "    max_steps = 2\n    prompts = dict(compact='{observation} {skill} aim : {goal}')\n"))
+    capsys.readouterr()
     assert main(["--export", str(run), "--to", "home"]) == 0
+    assert ("has changed since this run began" in capsys.readouterr().out) == (env == "room.py:Room")
     assert ("{observation} {skill} aim : {goal}" if env == "room.py:Room" else "{skill}task : {goal}") in Path("home/README.md").read_text()
     (abroad / env.partition(":")[0]).unlink()
     assert main(["--export", str(run), "--to", "away"]) == 2 and "there is no file" in capsys.readouterr().err and not Path("away").exists()

@@ -81,6 +81,7 @@ def read_run(folder: Path, model: str | None) -> Taken:
     checkpoint, settings = latest_checkpoint(folder), saved_settings(folder)
     cfg = Config(**settings | ({"model": model} if model else {}))
     if worlds.is_own(cfg.env):
+        worlds.same_file(cfg.env, cfg.env_hash)
         worlds.enter_prompts(worlds.World(worlds.find(cfg.env), cfg.seed, cfg.max_steps))
     progress = read_json(checkpoint / "progress.json", PROGRESS)
     rows, _ = read_metrics(folder / "metrics.csv")
