@@ -436,8 +436,7 @@ def puzzle_figure(study: Study) -> Any:
                     color="#1f4e96" if paper == "siri" else "#b5462f")
     ax.axvline(0, color="0.4", lw=1, ls=":")
     ax.set_yticks(range(len(found)), [f"{form}\n(games {GAMES_OF[paper]})" for paper, form, _ in found], fontsize=8)
-    ax.invert_yaxis()
-    ax.set(xlabel="final success minus that with the paper's weights, points, 95% over seeds")
+    ax.set(ylim=(len(found) - 0.5, -0.5), xlabel="points above the paper's weights at the end, 95% over seeds")
     return figure
 
 
