@@ -1,5 +1,6 @@
 """The study: its grid, copies of runs, the statistics, and what pages show of it."""
 
+import dataclasses
 import json
 import math
 import os
@@ -13,10 +14,10 @@ import pytest
 
 import envs
 import siri
-from conftest import HERE, slow
+from conftest import HERE, bank_with, slow
 from policy import UserError
 from tools import evidence, study
-from tools.files import checkpoints, load_results
+from tools.files import checkpoints, load_results, write_json
 
 # ---- 1. the grid -----------------------------------------------------------------------------------------------------
 
@@ -83,6 +84,21 @@ def test_a_run_can_be_copied_as_it_was_when_a_phase_ended_or_began(tmp_path):
         path.rmdir()
     with pytest.raises(UserError, match="has no checkpoint of internalize"):
         study.branch(whole, "internalize", tmp_path / "other")
+
+
+def test_weights_are_counted_over_what_passes_the_gate(tmp_path):
+    """Steps of weight 1, 1/4 and 0 and of 1, 3 and 2 tokens, and one whose pair says that the skill did harm."""
+    checkpoint = tmp_path / "checkpoints" / "00005-2"
+    checkpoint.mkdir(parents=True)
+    write_json(tmp_path / "config.json", dict(preset="smoke", env="alfworld", a_max=2.0, lambda_max=3.0, pair_gain=True))
+    bank = bank_with("apple")
+    bank.record(bank.skills[0], 1.0, 0)
+    write_json(checkpoint / "skills.json", bank.to_json())
+    steps = [siri.GuidedStep([1], [5] * n, [True] * n, advantage, 0, effect)
+             for n, advantage, effect in ((1, 2.0, 1.0), (3, 0.5, 1.0), (2, -1.0, 1.0), (2, 2.0, -1.0))]
+    write_json(checkpoint / "progress.json", dict(guided=[[dataclasses.asdict(step) for step in steps]]))
+    assert [row.weight for row in study.gated_rows(tmp_path)] == [1.0, 0.25, 0.0]
+    assert float(study.mean_lambda(tmp_path)) == 3 * (1 * 1 + 3 * 0.25) / 6
 
 
 class Scripted(study.Study):
@@ -229,8 +245,8 @@ def made_up(worlds=("alfworld", "webshop")):
                 rows = dict(phase=[0, 0, 1, 1, 2, 2], env_steps=[10, 20, 30, 40, 50, 60], train_tokens=[*range(6)], seconds=[*range(6)],
                             success_plain=[None, *column(0, 1)[1:]], detour=column(0, 1), **{f"skills_{s}": column(0, 9) for s in evidence.STATES})
                 bank = [dict(text="when a -> b", state="active", born=2, n=2, utility=0.2, effects=[[2, 0.5], [4, -0.5]])]
-                cells[f"{world}/{variant}/{seed}"] = dict(evaluations=evaluations, rows=rows, bank=bank, peak_gib=1.0, evaluation_s=9.0,
-                                                           plan="--x", covered="01" * 20)
+                cells[f"{world}/{variant}/{seed}"] = dict(weight_0=0.1 + 0.2 * seed, evaluations=evaluations, rows=rows, bank=bank, peak_gib=1.0,
+                                                           evaluation_s=9.0, plan="--x", covered="01" * 20)
     return dict(preset="tiny", settings={}, code="c", commit="abc", begun="2026-01-31", device="a processor", versions=dict(torch="2"), cells=cells)
 
 
@@ -262,6 +278,7 @@ def test_tables_say_what_the_games_say():
     del data["cells"]["webshop/no_gate/1"]                              # a study that goes on: one seed, and no interval
     row = next(line for line in evidence.variants_table(told, "webshop").splitlines() if "no_gate" in line)
     assert row.split(" | ")[1] == "1" and "[" not in row
+    assert all(" | 10 to 30% | 2 | " in row for row in evidence.puzzle_table(told).splitlines()[2:])
     for figure in evidence.FIGURES.values():
         figure(told).savefig(os.devnull, format="png")
     for block in evidence.BLOCKS.values():

@@ -74,7 +74,7 @@ EVALUATION = {"label": TEXT, "iteration": COUNT, "panel": TEXT, "env_steps": COU
               "mean_steps": NUMBER, "score": Optional(NUMBER)}
 SKILL = {"text": TEXT, "state": TEXT, "born": COUNT, "n": COUNT, "utility": NUMBER, "effects": [skills.EFFECT]}
 CELL = {"plan": TEXT, "evaluations": [EVALUATION], "covered": GAMES, "rows": {...: COLUMN}, "bank": [SKILL], "peak_gib": NUMBER,
-        "evaluation_s": NUMBER}
+        "evaluation_s": NUMBER, "weight_0": Optional(NUMBER)}
 STUDY = {"preset": TEXT, "settings": {...: {...: skills.ANYTHING}}, "code": TEXT, "commit": TEXT,
          "begun": TEXT, "device": TEXT, "versions": {...: TEXT}, "cells": {...: CELL}}
 
@@ -306,13 +306,18 @@ def puzzle(study: Study) -> list[tuple[str, str, Estimate]]:
 
 
 def puzzle_table(study: Study) -> str:
-    """Which steps, or how large a step: with the share of a guided win's steps that nobody needed, in phase 2."""
+    """Which steps, or how large a step: with the share of a guided win's steps that nobody needed, in phase 2, and that of the
+    steps which pass the gate and to which the paper's weights give nothing, over seeds, when phase 2 begins."""
     found, rows = puzzle(study), []
     for (paper, form, e), p in zip(found, holm([e.p for *_, e in found])):
-        runs = [study.cell("alfworld", paper, s)["rows"] for s in study.seeds("alfworld", paper)]
-        useless = np.mean([x for r in runs for x, phase in zip(r["detour"], r["phase"]) if phase == 2 and x is not None])
-        rows.append([form, f"{GAMES_OF[paper]} ({100 * useless:.0f}%)", str(e.n), interval(e), probability(p)])
-    return rows_text(["form of the weights", "games (useless steps)", "seeds", "minus the paper's, points [95%]", "p, Holm"], rows)
+        cells = [study.cell("alfworld", paper, s) for s in study.seeds("alfworld", paper)]
+        useless = np.mean([x for r in (cell["rows"] for cell in cells) for x, phase in zip(r["detour"], r["phase"])
+                           if phase == 2 and x is not None])
+        nothing = [cell["weight_0"] for cell in cells if "weight_0" in cell]
+        left_out = f"{100 * min(nothing):.0f} to {100 * max(nothing):.0f}%" if nothing else ""
+        rows.append([form, GAMES_OF[paper], f"{100 * useless:.0f}%", left_out, str(e.n), interval(e), probability(p)])
+    return rows_text(["form of the weights", "games", "useless steps", "gated steps of weight 0", "seeds",
+                      "minus the paper's, points [95%]", "p, Holm"], rows)
 
 
 def cost_table(study: Study) -> str:

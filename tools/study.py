@@ -248,13 +248,18 @@ def oracle_bank(cell: Cell) -> list[str]:
     return [skill_text(thing.lower(), place.lower()) for thing, place in envs.Household(cell.seed).habit.items()]
 
 
-def mean_lambda(run: Path) -> str:
-    """Lambda times the mean weight of the gated tokens (S7, S8) that a run had when its phase 2 began."""
+def gated_rows(run: Path) -> list[siri.Row]:
+    """The steps that a run would distil, with their weights (S7, S8), as it was when its phase 2 began. It has kept its phases."""
     cfg, checkpoint = load_config(run, {}), phase_ends(run)[2][0]
     steps = [siri.GuidedStep(**step) for part in read_json(checkpoint / "progress.json")["guided"] for step in part]
-    rows = siri.internalization_rows(steps, load_bank(checkpoint), cfg)
+    return [row for row in siri.internalization_rows(steps, load_bank(checkpoint), cfg) if any(row.gate)]
+
+
+def mean_lambda(run: Path) -> str:
+    """Lambda times the mean weight of the gated tokens that a run had when its phase 2 began."""
+    rows = gated_rows(run)
     gated = sum(sum(row.gate) for row in rows)
-    return f"{cfg.lambda_max * sum(row.weight * sum(row.gate) for row in rows) / max(gated, 1):.4f}"
+    return f"{load_config(run, {}).lambda_max * sum(row.weight * sum(row.gate) for row in rows) / max(gated, 1):.4f}"
 
 
 def branch(source: Path, at: str, target: Path) -> None:
@@ -283,13 +288,14 @@ COLUMNS = ("phase", "env_steps", "train_tokens", "seconds", "optimizer_steps", "
 
 
 def told(folder: Path, plan: str) -> dict[str, Any]:
-    """What a run that has ended says: evaluations game by game, which games an active skill is for, a column for each metric, and
-    its bank. UserError if games of an evaluation were lost to the machine or the environment, or a number is not finite: that is no
-    result."""
+    """What a run that has ended says: evaluations game by game, which games an active skill is for, a column for each metric, its
+    bank, and, of a run that kept its phases, how many of the steps that pass the gate weigh nothing when phase 2 begins. UserError
+    if games of an evaluation were lost to the machine or the environment, or a number is not finite: that is no result."""
     cfg, results, rows = load_config(folder, {}), load_results(folder), read_metrics(folder / "metrics.csv")[0]
     if lost := sum(r.get("failures", 0) for r in results):
         raise UserError(f"{folder}: {lost} games of its evaluations were lost; take the folder away, and it is run again")
     tokens, bank = 0.0, load_bank(folder)
+    gated = gated_rows(folder) if cfg.keep_phases and 2 in phase_ends(folder) else []
     for row in rows:
         row["train_tokens"] = tokens = tokens + row["row_tokens"]
     cell = dict(
@@ -302,7 +308,8 @@ def told(folder: Path, plan: str) -> dict[str, Any]:
                         for task in siri.panel_tasks(cfg, make_environment(cfg))),
         rows={name: [tidy(row[name]) for row in rows] for name in COLUMNS},
         bank=[dict(text=skill.text, state=skill.state, born=skill.born, n=skill.n, utility=round(bank.utility(skill), 4),
-                   effects=[[i, round(delta, 4)] for i, delta in skill.effects]) for skill in bank.skills])
+                   effects=[[i, round(delta, 4)] for i, delta in skill.effects]) for skill in bank.skills],
+        **({"weight_0": round(sum(not row.weight for row in gated) / len(gated), 4)} if gated else {}))
     if problem := misfit(cell, evidence.CELL, folder.name):
         raise UserError(f"{problem}; its run is in {folder}")
     return cell
