@@ -278,6 +278,12 @@ def test_tables_say_what_the_games_say():
     del data["cells"]["webshop/no_gate/1"]                              # a study that goes on: one seed, and no interval
     row = next(line for line in evidence.variants_table(told, "webshop").splitlines() if "no_gate" in line)
     assert row.split(" | ")[1] == "1" and "[" not in row
+    data["cells"]["webshop/ema/0"]["bank"][0] |= dict(text="when a -> c", effects=[[2, 0.25]])               # the oracle says no such thing
+    truth = [row.split(" | ")[1:] for row in evidence.truth_table(told, "webshop").splitlines()[2:4]]
+    assert truth == [["", "2 of 2", "", "+0.0 (4)", " |"], ["", "1 of 2", "", "+0.0 (2)", "+25.0 (1) |"]]
+    data["cells"]["webshop/gigpo/0"]["evaluations"].pop(3)              # it never had a bank
+    row = next(line for line in evidence.variants_table(told, "webshop").splitlines() if "`gigpo`" in line)
+    assert row.split(" | ")[2] == ""
     assert all(" | 10 to 30% | 2 | " in row for row in evidence.puzzle_table(told).splitlines()[2:])
     for figure in evidence.FIGURES.values():
         figure(told).savefig(os.devnull, format="png")

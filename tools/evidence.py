@@ -120,8 +120,9 @@ class Study:
         return np.array([*map(int, last["won"])])
 
     def rate(self, world: str, variant: str, seed: int, label: str = "final") -> float:
-        """Success on the panel."""
-        return float(self.won(world, variant, seed, label).mean())
+        """Success on the panel; nan if the run did not play it."""
+        played = any(e["label"] == label for e in self.cell(world, variant, seed)["evaluations"])
+        return float(self.won(world, variant, seed, label).mean()) if played else math.nan
 
     def used(self, world: str, variant: str, seed: int, what: str) -> float:
         """Environment steps, trained tokens or seconds of the whole run."""
@@ -248,19 +249,20 @@ def seeds_table(study: Study, world: str) -> str:
 
 
 def variants_table(study: Study, world: str) -> str:
-    """Every variant at its end, and against siri on the same seeds."""
+    """Every variant with its bank and at its end, and against siri on the same seeds."""
     there = [v for v in MEANING if study.seeds(world, "siri", v)]
     compared = [across_seeds(study.differences(world, v, "siri")) for v in there if v != "siri"]
     corrected, rows = iter(zip(compared, holm([e.p for e in compared]))), []
     for v in there:
         seeds = study.seeds(world, "siri", v)
         mean = lambda what: float(np.mean([study.used(world, v, s, what) for s in seeds]))
+        rate = lambda label: share(float(np.mean([study.rate(world, v, s, label) for s in seeds])))
         e, p = next(corrected) if v != "siri" else (across_seeds([]), math.nan)
-        rows.append([f"`{v}`: {MEANING[v]}", str(len(seeds)), share(float(np.mean([study.rate(world, v, s) for s in seeds]))),
-                     interval(e), probability(p), "" if math.isnan(e.missed) else f"{100 * e.missed:.0f}",
+        rows.append([f"`{v}`: {MEANING[v]}", str(len(seeds)), rate("phase 1 with skills"), rate("final"), interval(e),
+                     probability(p), "" if math.isnan(e.missed) else f"{100 * e.missed:.0f}",
                      f"{mean('env_steps'):,.0f}", f"{mean('train_tokens') / 1e6:.1f}", f"{mean('seconds') / 60:.0f}"])
-    return rows_text(["variant", "seeds", "final", "minus `siri`, points [95%]", "p, Holm", "may miss", "environment steps",
-                      "million tokens trained", "minutes"], rows)
+    return rows_text(["variant", "seeds", "phase 1, with the bank", "final", "minus `siri`, points [95%]", "p, Holm", "may miss",
+                      "environment steps", "million tokens trained", "minutes"], rows)
 
 
 def claims(study: Study) -> list[tuple[str, str, Estimate]]:
@@ -296,6 +298,25 @@ def covered_table(study: Study, world: str) -> str:
         wins = [np.concatenate([study.won(world, "siri", s, label) for s in seeds])[part] for label in LABELS]
         rows.append([name, str(part.sum()), *(share(float(w.mean())) if part.any() else "" for w in wins)])
     return rows_text([f"{NAMES[world]}: games", "n", *(SHOWN[label] for label in LABELS)], rows)
+
+
+def truth_table(study: Study, world: str) -> str:
+    """How many skills of all seeds are true, by their state at the end: the bank that was written from the world's own habits has
+    them, too. Then the mean paired effect (S4) of true ones and of others. Empty where there is none."""
+    rows = []
+    for v in ("siri", "ema", "no_warmup", "no_mining", "random_skill", "no_validation"):
+        counts, effects = {state: [0, 0] for state in STATES}, {True: list[float](), False: list[float]()}
+        for seed in study.seeds(world, v, "oracle_skill"):
+            told = {skill["text"] for skill in study.cell(world, "oracle_skill", seed)["bank"]}
+            for skill in study.cell(world, v, seed)["bank"]:
+                true = skill["text"] in told
+                counts[skill["state"]][0] += true
+                counts[skill["state"]][1] += 1
+                effects[true] += [delta for _, delta in skill["effects"]]
+        if any(n for _, n in counts.values()):
+            rows.append([f"`{v}`: {MEANING[v]}", *(f"{true} of {n}" if n else "" for true, n in counts.values()),
+                         *(f"{points(float(np.mean(deltas)))} ({len(deltas)})" if deltas else "" for deltas in effects.values())])
+    return rows_text([f"{NAMES[world]}: true skills", *STATES, "effect of true ones, points (pairs)", "of others"], rows)
 
 
 def puzzle(study: Study) -> list[tuple[str, str, Estimate]]:
@@ -361,6 +382,7 @@ BLOCKS: dict[str, Callable[[Study], str]] = {
     "short": short_table, "household": of(seeds_table, "alfworld"), "shop": of(seeds_table, "webshop"),
     "household variants": of(variants_table, "alfworld"), "shop variants": of(variants_table, "webshop"),
     "household covered": of(covered_table, "alfworld"), "shop covered": of(covered_table, "webshop"),
+    "household truth": of(truth_table, "alfworld"), "shop truth": of(truth_table, "webshop"),
     "puzzle": puzzle_table, "claims": claims_table, "cost": cost_table, "made with": made_with, "first run": results_lines}
 
 
