@@ -307,9 +307,9 @@ def truth_table(study: Study, world: str) -> str:
     for v in ("siri", "ema", "no_warmup", "no_mining", "random_skill", "no_validation"):
         counts, effects = {state: [0, 0] for state in STATES}, {True: list[float](), False: list[float]()}
         for seed in study.seeds(world, v, "oracle_skill"):
-            told = {skill["text"] for skill in study.cell(world, "oracle_skill", seed)["bank"]}
+            truth = {skill["text"] for skill in study.cell(world, "oracle_skill", seed)["bank"]}
             for skill in study.cell(world, v, seed)["bank"]:
-                true = skill["text"] in told
+                true = skill["text"] in truth
                 counts[skill["state"]][0] += true
                 counts[skill["state"]][1] += 1
                 effects[true] += [delta for _, delta in skill["effects"]]
